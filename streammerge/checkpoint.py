@@ -1,0 +1,299 @@
+"""A model as named, shaped, typed byte ranges: safetensors headers and indexes, read and distrusted.
+
+The format: 8 bytes little-endian header length N, N bytes of JSON, then the data without holes.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from streammerge.errors import CheckpointError, quoted
+
+HEADER_LIMIT_BYTES = 100_000_000
+JSON_LIMIT_BYTES = 100_000_000
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPE_BYTES: dict[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+INTEGER_DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """Size in bytes and time of last change in nanoseconds."""
+
+    size: int
+    modified_ns: int
+
+
+class ByteFile(Protocol):
+    """An open file of tensor data, read in ranges."""
+
+    def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
+        """The bytes [offset, offset + nbytes): read into `buffer`, or a view that needs no copy."""
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """The range is done with: give back the memory and the page cache that reading it took."""
+
+    def close(self) -> None:
+        """No more reads."""
+
+
+class Storage(Protocol):
+    """Where models live. Locations are `str`: a `Path` would collapse the slashes of a URL."""
+
+    def files(self, location: str) -> dict[str, FileFacts]:
+        """The plain files of a model. Raises CheckpointError when the location is not a model folder."""
+
+    def read(self, location: str, name: str, offset: int, nbytes: int) -> bytes:
+        """A small range of a file; fewer bytes only at the file's end."""
+
+    def open(self, location: str, name: str) -> ByteFile:
+        """Open a file for reading tensor data."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: `nbytes` bytes from byte `offset` of `file`, `shape` elements of `dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be merged; anything else passes through."""
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model folder: its tensors by name, in file order, and what its other files say."""
+
+    location: str
+    tensors: Mapping[str, TensorEntry]
+    config: Mapping[str, Any]
+    files: Mapping[str, FileFacts]
+    header_sha256: Mapping[str, str]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+
+def load_checkpoint(storage: Storage, location: str) -> Checkpoint:
+    """Read a model's headers. No tensor data is touched.
+
+    Raises CheckpointError, naming the file, for anything that is not a sound safetensors model.
+    """
+    files = storage.files(location)
+    tensors: dict[str, TensorEntry] = {}
+    hashes: dict[str, str] = {}
+    weight_map = None if SINGLE_NAME in files else _read_index(storage, location, files)
+    shards = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
+    for shard in shards:
+        entries, hashes[shard] = _read_header(storage, location, shard, files[shard].size)
+        if weight_map is not None:
+            _match_index(location, shard, entries, weight_map)
+        tensors.update(entries)
+    return Checkpoint(
+        location=location,
+        tensors=tensors,
+        config=_read_config(storage, location, files),
+        files=files,
+        header_sha256=hashes,
+    )
+
+
+def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[str, TensorEntry]:
+    """Parse and check a safetensors header.
+
+    header      the JSON text; the data begins 8 bytes after its length field plus its own length
+    data_bytes  how many bytes of data follow it in the file
+    label       what messages call the file
+
+    Returns the entries in the order of their bytes. Raises CheckpointError unless every range has the
+    size of its shape and dtype and the ranges tile the data exactly.
+    """
+    data_start = 8 + len(header)
+    table = parse_json(header, label)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{label} has a header that is not a JSON object", hint=_DAMAGED)
+    table.pop("__metadata__", None)
+    entries = sorted(
+        (_entry(name, facts, file, data_start, label) for name, facts in table.items()),
+        key=lambda e: (e.offset, e.nbytes),
+    )
+    expected = data_start
+    for entry in entries:
+        if entry.offset != expected:
+            kind = "overlaps the tensor before it" if entry.offset < expected else "leaves a hole before it"
+            raise CheckpointError(
+                f"{quoted(entry.name)} in {label} {kind}: begins at byte {entry.offset}, expected {expected}",
+                hint=_DAMAGED,
+            )
+        expected += entry.nbytes
+    found = data_start + data_bytes
+    if found != expected:
+        raise CheckpointError(
+            f"{label} ends at byte {found} but its header describes {expected}",
+            hint="The download is incomplete. Compare with the size on the hub." if found < expected else _DAMAGED,
+        )
+    return {entry.name: entry for entry in entries}
+
+
+_DAMAGED = "The file is damaged or was not written by safetensors. Fetch it again."
+
+
+def parse_json(text: bytes, label: str) -> Any:
+    """JSON from outside: repeated keys, absurd nesting and non-UTF-8 are errors like any other."""
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{label} has the key {quoted(repeated)} twice", hint=_DAMAGED)
+        return table
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{label} does not hold readable JSON: {error}", hint=_DAMAGED) from error
+
+
+def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> TensorEntry:
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError(f"{quoted(name)} in {label} {reason}", hint=_DAMAGED)
+
+    if not isinstance(facts, dict) or not {"dtype", "shape", "data_offsets"} <= facts.keys():
+        raise refuse("lacks a dtype, shape or data_offsets")
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise refuse(f"has the unknown dtype {quoted(dtype)}")
+    if not isinstance(shape, list) or len(shape) > 16 or not all(_is_size(n) for n in shape):
+        raise refuse("has a shape that is not a short list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise refuse("has data_offsets that are not two byte positions")
+    begin, end = offsets
+    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != nbytes:
+        raise refuse(f"spans {end - begin} bytes but {dtype} {shape} takes {nbytes}")
+    return TensorEntry(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _read_header(storage: Storage, location: str, name: str, file_bytes: int) -> tuple[dict[str, TensorEntry], str]:
+    label = _label(location, name)
+    length_field = storage.read(location, name, 0, 8)
+    if len(length_field) < 8:
+        raise CheckpointError(f"{label} has {file_bytes} bytes, too few for a header", hint=_DAMAGED)
+    length = int.from_bytes(length_field, "little")
+    if length > HEADER_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{label} announces a header of {length} bytes, more than the limit of {HEADER_LIMIT_BYTES}",
+            hint=_DAMAGED,
+        )
+    if 8 + length > file_bytes:
+        raise CheckpointError(
+            f"{label} ends at byte {file_bytes}, inside its header of {length} bytes",
+            hint="The download is incomplete. Compare with the size on the hub.",
+        )
+    header = storage.read(location, name, 8, length)
+    entries = parse_header(header, file_bytes - 8 - length, name, label)
+    return entries, hashlib.sha256(header).hexdigest()
+
+
+def _read_index(storage: Storage, location: str, files: Mapping[str, FileFacts]) -> dict[str, str]:
+    if INDEX_NAME not in files:
+        raise _no_weights(location, files)
+    label = _label(location, INDEX_NAME)
+    index = _read_json_file(storage, location, INDEX_NAME, files)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{label} has no `weight_map`", hint=_DAMAGED)
+    for tensor, shard in weight_map.items():
+        # only names of files in the model's own folder: never a path that leads elsewhere
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{label} places {quoted(tensor)} in {quoted(shard)}, which is not a safetensors file name",
+                hint="Shards lie beside the index. Do not use models from sources you do not trust.",
+            )
+        if shard not in files:
+            raise CheckpointError(
+                f"{label} names the shard {quoted(shard)}, which is not there",
+                hint="The download is incomplete. Fetch the missing shard.",
+            )
+    return weight_map
+
+
+def _match_index(location: str, shard: str, entries: dict[str, TensorEntry], weight_map: Mapping[str, str]) -> None:
+    promised = {tensor for tensor, where in weight_map.items() if where == shard}
+    problems = [f"{quoted(n)} is in the index but not in the file" for n in sorted(promised - entries.keys())]
+    problems += [f"{quoted(n)} is in the file but not in the index" for n in sorted(entries.keys() - promised)]
+    if problems:
+        raise CheckpointError(
+            f"{_label(location, shard)} does not match {quoted(INDEX_NAME)}:\n  " + "\n  ".join(problems[:20]),
+            hint="The folder mixes files of two models or two downloads. Fetch it again.",
+        )
+
+
+def _no_weights(location: str, files: Mapping[str, FileFacts]) -> CheckpointError:
+    found = f"no {quoted(SINGLE_NAME)} and no {quoted(INDEX_NAME)}"
+    if "adapter_model.safetensors" in files:
+        return CheckpointError(
+            f"{quoted(location)} has {found}: it holds an adapter",
+            hint="Merge the adapter into its base model first, for example with PEFT's `merge_and_unload`.",
+        )
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+        return CheckpointError(
+            f"{quoted(location)} has {found}: its weights are pickled",
+            hint="Convert them to safetensors first: load with transformers, then `save_pretrained`.",
+        )
+    return CheckpointError(f"{quoted(location)} has {found}", hint="Name a Hugging Face model folder.")
+
+
+def _read_config(storage: Storage, location: str, files: Mapping[str, FileFacts]) -> dict[str, Any]:
+    if "config.json" not in files:
+        return {}
+    config = _read_json_file(storage, location, "config.json", files)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{_label(location, 'config.json')} is not a JSON object", hint=_DAMAGED)
+    return config
+
+
+def _read_json_file(storage: Storage, location: str, name: str, files: Mapping[str, FileFacts]) -> Any:
+    if files[name].size > JSON_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{_label(location, name)} has {files[name].size} bytes, over the limit of {JSON_LIMIT_BYTES}",
+            hint=_DAMAGED,
+        )
+    return parse_json(storage.read(location, name, 0, files[name].size), _label(location, name))
+
+
+def _label(location: str, name: str) -> str:
+    return quoted(f"{location.rstrip('/')}/{name}")

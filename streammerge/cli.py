@@ -1,0 +1,293 @@
+"""The command line: text in, text and an exit code out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+import streammerge
+from streammerge import api, methods
+from streammerge.budget import format_bytes
+from streammerge.errors import StreamMergeError
+from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk
+from streammerge.progress import ProgressLine
+from streammerge.recipe import Recipe
+from streammerge.storage.local import LocalStorage
+
+DIFFERENT = 3
+INTERRUPTED = 130
+
+memory_option = click.option(
+    "--memory", metavar="SIZE", help="Memory budget, such as 4GiB. Default: half of what is available."
+)
+shard_option = click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    default=str(DEFAULT_SHARD_BYTES),
+    help="Size of output files. Default: 5GB.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(streammerge.__version__, package_name="streammerge")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr; -vv says all.")
+def cli(verbose: int) -> None:
+    """Merge language-model checkpoints that do not fit in memory."""
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  streammerge merge recipe.yaml out
+  streammerge merge recipe.yaml out --memory 4GiB --resume
+  streammerge merge --base base --expert math --expert code --method actmat out"""
+)
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] OUT")
+@click.option("--base", metavar="DIR", help="Base model, instead of a recipe.")
+@click.option("--expert", "experts", metavar="DIR", multiple=True, help="Expert, once for each.")
+@click.option("--method", metavar="NAME", help="Merge method, instead of a recipe. Default: actmat.")
+@memory_option
+@shard_option
+@click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same inputs.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def merge(
+    arguments: tuple[str, ...],
+    base: str | None,
+    experts: tuple[str, ...],
+    method: str | None,
+    memory: str | None,
+    max_shard_size: str,
+    device: str,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge models into the new folder OUT."""
+    recipe, out = _recipe_and_out(arguments, base, experts, method)
+    api.refuse_device(device)
+    storage = LocalStorage()
+    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size, storage=storage)
+    _warn(planned)
+    with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
+        report = api.run(planned, out, storage, resume=resume, progress=progress.show)
+    if as_json:
+        click.echo(json.dumps(report.totals()))
+    else:
+        click.echo(report.summary(), err=True)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("out", default=".")
+@memory_option
+@shard_option
+@json_option
+def plan(recipe: str, out: str, memory: str | None, max_shard_size: str, as_json: bool) -> None:
+    """Show what a merge would do: bytes, memory, disk."""
+    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size)
+    _warn(planned)
+    needed, free = check_disk(planned, out)
+    click.echo(json.dumps(_plan_json(planned, needed, free)) if as_json else _plan_text(planned, needed, free))
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL…")
+@json_option
+def inspect(models: tuple[str, ...], as_json: bool) -> None:
+    """List tensors, their classes and differences."""
+    found = api.inspect(*models)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    for model, roles in zip(found.models, found.roles, strict=True):
+        dtypes = Counter(entry.dtype for entry in model.tensors.values())
+        count = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
+        click.echo(f"{model.location}: {len(model.tensors)} tensors ({count}), {format_bytes(model.tensor_bytes)}")
+        if len(found.models) == 1:
+            width = max(map(len, model.tensors), default=0)
+            for name, entry in model.tensors.items():
+                click.echo(f"  {name:{width}}  {entry.dtype:4}  {roles[name].kind.value:11}  {list(entry.shape)}")
+    for line in found.differences:
+        click.echo(line)
+    if len(found.models) > 1 and not found.differences:
+        click.echo("same names and shapes in all")
+
+
+@cli.command()
+@click.argument("out")
+@json_option
+def verify(out: str, as_json: bool) -> None:
+    """Check a merged folder against its report."""
+    found = api.verify(out)
+    if as_json:
+        click.echo(json.dumps({"tensors": found.tensors, "problems": list(found.problems)}))
+    else:
+        for problem in found.problems:
+            click.echo(problem)
+        click.echo(f"{out}: {found.tensors} tensors, {len(found.problems)} problems")
+    if found.problems:
+        sys.exit(DIFFERENT)
+
+
+@cli.command("methods")
+@click.argument("name", required=False)
+@json_option
+def list_methods(name: str | None, as_json: bool) -> None:
+    """List merge methods, or explain one."""
+    if name is None:
+        described = [methods.describe(each) for each in methods.names()]
+        if as_json:
+            click.echo(json.dumps({m.name: m.summary for m in described}))
+            return
+        width = max(len(m.name) for m in described)
+        for method in described:
+            click.echo(f"{method.name:{width}}  {method.summary}")
+        return
+    if name not in methods.names():
+        raise StreamMergeError(f"unknown method `{name}`", hint="`streammerge methods` lists them.")
+    method = methods.describe(name)
+    click.echo(json.dumps(_method_json(method)) if as_json else _method_text(method))
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0 done, 1 an error to act on, 2 wrong usage, 3 verify found a
+    difference, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except StreamMergeError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"\nhint: {error.hint}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # a scheduler's stop ends as cleanly as Ctrl-C: what is done becomes durable, files are closed
+    raise KeyboardInterrupt
+
+
+def _recipe_and_out(
+    arguments: tuple[str, ...], base: str | None, experts: tuple[str, ...], method: str | None
+) -> tuple[Recipe, str]:
+    without_recipe = bool(base or experts or method)
+    if len(arguments) != (1 if without_recipe else 2):
+        expected = "OUT alone beside --base, --expert and --method" if without_recipe else "RECIPE and OUT"
+        raise click.UsageError(f"expected {expected}, found {len(arguments)} arguments")
+    if not without_recipe:
+        return Recipe.load(arguments[0]), arguments[1]
+    if not experts:
+        raise click.UsageError("--expert is missing: name each expert with its own --expert")
+    recipe: dict[str, object] = {
+        "merge_method": method or "actmat",
+        "models": [{"model": expert} for expert in experts],
+        **({"base_model": base} if base else {}),
+    }
+    return Recipe.from_dict(recipe), arguments[0]
+
+
+def _warn(planned: Plan) -> None:
+    for warning in planned.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _plan_text(planned: Plan, needed: int, free: int) -> str:
+    recipe, memory = planned.recipe, planned.memory
+    onto = f" onto {planned.names[0]}" if recipe.base else ""
+    dtypes = Counter(step.dtype for step in planned.steps)
+    by_method = Counter((step.method, step.role.kind.value) for step in planned.steps)
+    files = sum(len(model.header_sha256) for model in planned.models)
+    seconds = planned.predicted_seconds
+    lines = [
+        f"{recipe.method} of {len(recipe.experts)} models{onto}, {', '.join(d for d, _ in dtypes.most_common())}",
+        "",
+        f"  tensors   {len(planned.steps)}",
+        *(f"            {count} {kind} by {method}" for (method, kind), count in by_method.most_common()),
+        f"  read      {format_bytes(planned.read_bytes)} from {files} files",
+        f"  write     {format_bytes(needed)} to {len(planned.layout.shards)} shards; {format_bytes(free)} free",
+        f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}",
+        f"  compute   {planned.flops / 1e12:.2f} TFLOP",
+        f"  time      {'unknown before the first merge here' if seconds is None else f'about {seconds:.0f} s'}",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
+    return {
+        "method": planned.recipe.method,
+        "models": list(planned.names),
+        "read_bytes": planned.read_bytes,
+        "disk_needed_bytes": needed,
+        "disk_free_bytes": free,
+        "memory_bytes": planned.memory.peak_bytes,
+        "budget_bytes": planned.memory.budget_bytes,
+        "flops": planned.flops,
+        "predicted_seconds": planned.predicted_seconds,
+        "shards": [shard.file for shard in planned.layout.shards],
+        "warnings": list(planned.warnings),
+        "steps": [
+            {
+                "name": step.name,
+                "class": step.role.kind.value,
+                "method": step.method,
+                "shape": list(step.shape),
+                "dtype": step.dtype,
+                "read_bytes": step.read_bytes,
+                "write_bytes": step.write_bytes,
+                "flops": step.flops,
+                "workspace_bytes": planned.workspace_bytes(step),
+            }
+            for step in planned.steps
+        ],
+    }
+
+
+def _method_text(method: methods.Method) -> str:
+    lines = [f"{method.name}   {method.summary}", ""]
+    width = max((len(name) for name in method.parameters), default=0)
+    for parameter in method.parameters.values():
+        scope = ", per model" if parameter.per_expert else ""
+        choices = f" ({' | '.join(parameter.choices)})" if parameter.choices else ""
+        lines.append(f"  {parameter.name:{width}}  {parameter.summary}{choices}; default {parameter.default}{scope}")
+    base = "needs a base" if method.needs_base else "needs no base"
+    paper = f" · https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')}" if method.paper else ""
+    return "\n".join([*lines, "", f"  streams by {method.streams_by} · {base}{paper}"])
+
+
+def _method_json(method: methods.Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs_base": method.needs_base,
+        "streams_by": method.streams_by,
+        "parameters": {
+            p.name: {
+                "type": p.type,
+                "choices": list(p.choices),
+                "default": p.default,
+                "per_model": p.per_expert,
+                "summary": p.summary,
+            }
+            for p in method.parameters.values()
+        },
+    }

@@ -1,0 +1,112 @@
+"""What a method sees of the experts: a stream of W_t - W_0, one expert at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+PerExpert = float | Sequence[float]
+"""A method parameter that a recipe may set for each expert."""
+
+
+class Delta(ABC):
+    """One expert's change of one tensor, W_t - W_0, formed where it is used."""
+
+    index: int
+
+    @abstractmethod
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """The change, [*shape] in the stream's dtype.
+
+        Without `out` the result lies in a buffer that the stream owns and overwrites when the next
+        expert's change is formed; it may be changed in place. With `out` ([*shape], that dtype) it is
+        written there. Asking again reads the expert again.
+        """
+
+
+class Deltas(ABC):
+    """The experts' changes of one tensor, in the recipe's order. Iterating again reads them again.
+
+    name       the tensor's name, for messages and random keys
+    shape      [out, in] for a method that streams by matrix; else the block's own shape
+    dtype      the dtype of the arithmetic: float32, or float64 for float64 checkpoints
+    experts    how many experts there are
+    facts      what the method notes for the report
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    experts: int
+    facts: dict[str, float | int | str | bool]
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Delta]:
+        """Each expert's change, one in memory at a time."""
+
+    @abstractmethod
+    def base(self) -> Tensor:
+        """W_0, [*shape] in `dtype`: the base model's tensor or, without one, the first expert's."""
+
+    @abstractmethod
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised buffer from the step's workspace, valid until the step ends."""
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A zeroed buffer from the step's workspace, valid until the step ends."""
+        return self.empty(*shape, dtype=dtype).zero_()
+
+    def per_expert(self, value: PerExpert) -> list[float]:
+        """A parameter's value for each expert; a single number counts for all."""
+        if isinstance(value, (int, float)):
+            return [float(value)] * self.experts
+        assert len(value) == self.experts, f"{len(value)} values for {self.experts} experts"
+        return [float(v) for v in value]
+
+    def note(self, **facts: float | int | str | bool) -> None:
+        """Put facts about this tensor into the report: solver, certificate, kept rank, …"""
+        self.facts.update(facts)
+
+
+class TensorDelta(Delta):
+    """The change between two tensors in memory."""
+
+    def __init__(self, index: int, expert: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+        self.index = index
+        self._expert, self._base, self._dtype = expert, base, dtype
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(self._expert.shape, dtype=self._dtype) if out is None else out
+        return out.copy_(self._expert).sub_(self._base.to(self._dtype))
+
+
+class TensorDeltas(Deltas):
+    """Deltas of tensors that are in memory: for notebooks, tests and references.
+
+    base     [*shape], any float dtype; None means the first expert, as for a merge without a base
+    experts  each [*shape], any float dtype
+    """
+
+    def __init__(self, base: Tensor | None, experts: Sequence[Tensor], *, name: str = "tensor") -> None:
+        assert experts, "no experts"
+        self._base = experts[0] if base is None else base
+        self._experts = list(experts)
+        self.name = name
+        self.shape = tuple(self._base.shape)
+        wide = any(t.dtype == torch.float64 for t in (self._base, *experts))
+        self.dtype = torch.float64 if wide else torch.float32
+        self.experts = len(experts)
+        self.facts = {}
+
+    def __iter__(self) -> Iterator[Delta]:
+        for index, expert in enumerate(self._experts):
+            yield TensorDelta(index, expert, self._base, self.dtype)
+
+    def base(self) -> Tensor:
+        return self._base.to(self.dtype)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)

@@ -1,0 +1,46 @@
+"""The errors a user can act on.
+
+StreamMergeError
+├── RecipeError        the recipe says something impossible or unknown
+├── CheckpointError    an input model's files are not what they claim
+├── PlanError          models that do not fit together, or a budget or disk too small
+├── MergeError         a tensor that cannot be merged: NaN, overflow, a system without a solution
+└── OutputError        the output folder cannot be written, resumed or trusted
+"""
+
+from __future__ import annotations
+
+
+class StreamMergeError(Exception):
+    """Something the user can mend: `message` says what was found and expected, `hint` what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(StreamMergeError):
+    """The recipe says something impossible or unknown."""
+
+
+class CheckpointError(StreamMergeError):
+    """An input model's files are not what they claim."""
+
+
+class PlanError(StreamMergeError):
+    """The models do not fit together, or the budget or disk is too small."""
+
+
+class MergeError(StreamMergeError):
+    """A tensor cannot be merged: NaN, overflow, or a system without a solution."""
+
+
+class OutputError(StreamMergeError):
+    """The output folder cannot be written, resumed or trusted."""
+
+
+def quoted(name: object) -> str:
+    """A name from outside, in backticks, with anything a terminal could act on escaped."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return f"`{text[:200]}…`" if len(text) > 200 else f"`{text}`"

@@ -1,0 +1,148 @@
+"""The model folder around the weights: config, tokenizer, chat template, model card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from streammerge.checkpoint import Checkpoint, Storage, parse_json
+from streammerge.errors import PlanError, quoted
+from streammerge.plan import Plan
+
+REPORT_NAME = "streammerge.json"
+CARD_NAME = "README.md"
+TEMPLATE_NAME = "chat_template.jinja"
+LIMIT_BYTES = 100_000_000
+
+_TOKENIZER_NAMES = (
+    "added_tokens.json", "chat_template.json", TEMPLATE_NAME, "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+_TOKENIZER_ENDINGS = (".model", ".tiktoken")
+# left by trainers and by us: about how a model came to be, not about what it is
+_NOT_PART_OF_A_MODEL = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
+    """Every file beside the weights but the report, by name. Read as data; nothing in them is run.
+
+    The tokenizer is `tokenizer_source`'s, all else the base's (the first expert's without a base).
+    Raises PlanError when the recipe asks for a chat template that is not there.
+    """
+    reference, tokenizer = plan.models[0], _model(plan, plan.recipe.tokenizer_source)
+    files = {
+        name: _read(storage, model, name)
+        for model, wanted in ((reference, _is_model_file), (tokenizer, _is_tokenizer_file))
+        for name, facts in model.files.items()
+        if wanted(name) and facts.size <= LIMIT_BYTES
+    }
+    if "config.json" in files:
+        files["config.json"] = _config(plan, reference.config)
+    _set_template(plan, storage, files)
+    files[CARD_NAME] = _card(plan).encode()
+    return files
+
+
+def _model(plan: Plan, source: str | None) -> Checkpoint:
+    if source in (None, "base"):
+        return plan.models[0]
+    return next(model for model in plan.models if model.location == source)
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name in _TOKENIZER_NAMES or name.endswith(_TOKENIZER_ENDINGS)
+
+
+def _is_model_file(name: str) -> bool:
+    if _is_tokenizer_file(name) or name in (*_NOT_PART_OF_A_MODEL, REPORT_NAME):
+        return False
+    if name.endswith(".json"):
+        return not name.endswith(".index.json") and not name.startswith("adapter_")
+    return name.endswith(".py") or name.startswith(("LICENSE", "NOTICE"))
+
+
+def _read(storage: Storage, model: Checkpoint, name: str) -> bytes:
+    return storage.read(model.location, name, 0, model.files[name].size)
+
+
+def _config(plan: Plan, config: Mapping[str, Any]) -> bytes:
+    """config.json with the dtype that the output has."""
+    written = dict(config)
+    code = plan.recipe.output_dtype
+    for key in ("dtype", "torch_dtype"):
+        if code is not None and key in written:
+            written[key] = _DTYPE_NAMES[code]
+    return _json_text(written)
+
+
+def _json_text(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_template(plan: Plan, storage: Storage, files: dict[str, bytes]) -> None:
+    choice = plan.recipe.chat_template
+    if choice is None:
+        return
+    if "{{" in choice or "{%" in choice:
+        template: str | None = choice
+    elif choice == "auto":
+        template = _most_common(plan, storage)
+    else:
+        template = template_of(storage, _model(plan, choice))
+    if template is None:
+        raise PlanError(
+            f"`chat_template: {choice}` finds no chat template",
+            hint="Name a model that has one, or leave it out.",
+        )
+    files[TEMPLATE_NAME] = template.encode()
+    files.pop("chat_template.json", None)
+    if "tokenizer_config.json" in files:
+        config = parse_json(files["tokenizer_config.json"], "`tokenizer_config.json`")
+        if isinstance(config, dict) and config.pop("chat_template", None) is not None:
+            files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _most_common(plan: Plan, storage: Storage) -> str | None:
+    """The template that most models have; the earlier model's where several are as common."""
+    found = [template_of(storage, model) for model in plan.models]
+    counts = Counter(template for template in found if template is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def template_of(storage: Storage, model: Checkpoint) -> str | None:
+    """A model's chat template, from its own file or from its tokenizer's config."""
+    if TEMPLATE_NAME in model.files and model.files[TEMPLATE_NAME].size <= LIMIT_BYTES:
+        return _read(storage, model, TEMPLATE_NAME).decode("utf-8", "replace")
+    if "tokenizer_config.json" in model.files and model.files["tokenizer_config.json"].size <= LIMIT_BYTES:
+        config = parse_json(
+            _read(storage, model, "tokenizer_config.json"), quoted(f"{model.location}/tokenizer_config.json")
+        )
+        template = config.get("chat_template") if isinstance(config, dict) else None
+        return template if isinstance(template, str) else None
+    return None
+
+
+def _card(plan: Plan) -> str:
+    title = plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names)
+    models = "\n".join(f"- {json.dumps(model.location)}" for model in plan.models)
+    return f"""---
+base_model:
+{models}
+library_name: transformers
+tags:
+- merge
+- streammerge
+---
+
+# {title}
+
+Merged with [streammerge](https://pypi.org/project/streammerge/) by `{plan.recipe.method}`.
+`{REPORT_NAME}` says what was done to each tensor; `streammerge verify` checks the files against it.
+
+```yaml
+{plan.recipe.text.strip()}
+```
+"""

@@ -1,0 +1,106 @@
+"""How the memory budget is spent: input slots, output slots, workspace, reserve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streammerge.budget import format_bytes
+from streammerge.errors import PlanError, quoted
+from streammerge.step import Step
+
+LARGEST_SLOT_BYTES = 4 << 20
+SMALLEST_SLOT_BYTES = 64 << 10
+MOST_INPUT_SLOTS = 64
+OUTPUT_SLOTS = 8
+# what Python, thread stacks and the matrix libraries' own scratch take; measured in bench/memory.py
+RESERVE_BYTES = 96 << 20
+# buffers of an element-wise block: merged, delta, base, and three temporaries of torch's own
+BLOCK_BUFFERS = 6
+# a matrix is rounded and written block by block: sum, and two temporaries
+OUTPUT_BUFFERS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The budget, cut up. All slots have `slot_bytes`; input slots are how far reading runs ahead."""
+
+    budget_bytes: int
+    slot_bytes: int
+    input_slots: int
+    output_slots: int
+    workspace_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that will be taken at once."""
+        slots = (self.input_slots + self.output_slots) * self.slot_bytes
+        return slots + self.workspace_bytes + RESERVE_BYTES
+
+
+def block_elements(step: Step, slot_bytes: int) -> int:
+    """Elements of one block: what a slot holds, in whole rows for a method that needs the matrix."""
+    elements = max(slot_bytes // step.element_bytes, 1)
+    if step.by_matrix:
+        elements = elements // step.shape[1] * step.shape[1]
+    return elements
+
+
+def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
+    """What a step takes beside the slots."""
+    block = min(block_elements(step, slot_bytes), step.elements) * step.compute_bytes
+    if not step.by_matrix:
+        return block * BLOCK_BUFFERS
+    kept_base = step.base.nbytes if step.base else 0
+    return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
+
+
+def fit_memory(steps: Sequence[Step], budget_bytes: int) -> MemoryPlan:
+    """Cut the budget so that every step fits. Raises PlanError naming the step that cannot."""
+    # a multiple of 64, so that every slot is aligned for any dtype
+    slot_bytes = max(LARGEST_SLOT_BYTES, -(-_widest_row_bytes(steps) // 64) * 64)
+    while True:
+        plan, largest = _cut(steps, budget_bytes, slot_bytes)
+        if plan is not None:
+            return plan
+        smaller = slot_bytes // 128 * 64
+        if smaller < max(SMALLEST_SLOT_BYTES, _widest_row_bytes(steps)):
+            break
+        slot_bytes = smaller
+    needed = _needed_bytes(steps, slot_bytes)
+    raise PlanError(
+        f"the largest step needs a budget of {format_bytes(needed)}, more than {format_bytes(budget_bytes)}: "
+        f"{quoted(largest.name)} ({largest.method}, {len(largest.experts)} experts)",
+        hint=f"Pass `--memory {-(-needed // (1 << 20))}MiB` or more.",
+    )
+
+
+def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[MemoryPlan | None, Step]:
+    largest = max(steps, key=lambda step: step_workspace_bytes(step, slot_bytes))
+    workspace = step_workspace_bytes(largest, slot_bytes)
+    left = budget_bytes - RESERVE_BYTES - workspace - OUTPUT_SLOTS * slot_bytes
+    input_slots = min(MOST_INPUT_SLOTS, left // slot_bytes)
+    if input_slots < _fewest_slots(steps):
+        return None, largest
+    plan = MemoryPlan(
+        budget_bytes=budget_bytes,
+        slot_bytes=slot_bytes,
+        input_slots=input_slots,
+        output_slots=OUTPUT_SLOTS,
+        workspace_bytes=workspace,
+    )
+    return plan, largest
+
+
+def _fewest_slots(steps: Sequence[Step]) -> int:
+    # an element-wise block of every model at once, and the next block being read meanwhile
+    return 2 * max((len(step.experts) + (step.base is not None) for step in steps), default=1)
+
+
+def _widest_row_bytes(steps: Sequence[Step]) -> int:
+    return max((step.shape[1] * step.element_bytes for step in steps if step.by_matrix), default=1)
+
+
+def _needed_bytes(steps: Sequence[Step], slot_bytes: int) -> int:
+    workspace = max(step_workspace_bytes(step, slot_bytes) for step in steps)
+    return RESERVE_BYTES + workspace + (OUTPUT_SLOTS + _fewest_slots(steps)) * slot_bytes

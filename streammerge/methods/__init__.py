@@ -1,0 +1,163 @@
+"""The merge methods: one file each, one table line each, described without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from streammerge.solve.cost import Cost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS: dict[str, str] = {
+    "linear": "streammerge.methods.linear",
+    "task_arithmetic": "streammerge.methods.task_arithmetic",
+    "actmat": "streammerge.methods.actmat",
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+StreamsBy = Literal["element", "matrix"]
+
+
+def merge_method(
+    *,
+    needs_base: bool,
+    streams_by: StreamsBy,
+    paper: str | None = None,
+    cost: str = "streammerge.solve.cost:elementwise",
+) -> Callable[[Function], Function]:
+    """Declare facts the planner needs about a method. Every argument must be a literal.
+
+    needs_base   the method works on changes from a common base model
+    streams_by   "element": any run of elements may be merged by itself, so tensors are cut into
+                 blocks and the method applies to every float tensor;
+                 "matrix": the method needs a whole [out, in] matrix and applies to linear weights
+    paper        "arXiv:…" of the method
+    cost         "module:function" that prices one tensor without torch (see `solve/cost.py`)
+
+    The function itself is returned unchanged: its first parameter is the stream of deltas, and its
+    keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
+    """
+    del needs_base, streams_by, paper, cost
+
+    def declared(function: Function) -> Function:
+        return function
+
+    return declared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """What a recipe may set: its type name ("float", "int", "bool", "str"), or its choices.
+
+    `keyword` is the function's argument; it differs from `name` where Python reserves the name (`lambda`).
+    """
+
+    name: str
+    keyword: str
+    type: str
+    choices: tuple[str, ...]
+    default: object
+    per_expert: bool
+    summary: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A merge method as its file declares it."""
+
+    name: str
+    module: str
+    summary: str
+    doc: str
+    needs_base: bool
+    streams_by: StreamsBy
+    paper: str | None
+    parameters: Mapping[str, Parameter]
+    cost_path: str
+
+    def cost(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
+        """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts."""
+        module, _, function = self.cost_path.partition(":")
+        priced: Cost = getattr(importlib.import_module(module), function)(shape, experts, parameters, itemsize)
+        return priced
+
+    def load(self) -> Callable[..., Tensor]:
+        """Import the function itself; this is where torch comes in."""
+        function: Callable[..., Tensor] = getattr(importlib.import_module(self.module), self.name)
+        return function
+
+
+@cache
+def _describe(name: str, module: str) -> Method:
+    # reading the source instead of importing it keeps `plan` and `methods` free of torch
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"methods table: no module {module}"
+    assert spec.origin is not None, f"methods table: {module} is not a source file"
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    call = next(
+        d
+        for d in function.decorator_list
+        if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "merge_method"
+    )
+    facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    doc = ast.get_docstring(function) or ""
+    parameters = {
+        argument.arg: _parameter(argument, default, doc)
+        for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    }
+    return Method(
+        name=name,
+        module=module,
+        summary=doc.partition("\n")[0],
+        doc=doc,
+        needs_base=facts["needs_base"],
+        streams_by=facts["streams_by"],
+        paper=facts.get("paper"),
+        parameters=parameters,
+        cost_path=facts.get("cost", "streammerge.solve.cost:elementwise"),
+    )
+
+
+def _parameter(argument: ast.arg, default: ast.expr | None, doc: str) -> Parameter:
+    assert argument.annotation is not None, f"parameter {argument.arg} needs an annotation"
+    assert default is not None, f"parameter {argument.arg} needs a default"
+    annotation = ast.unparse(argument.annotation)
+    name = argument.arg.rstrip("_")
+    choices: tuple[str, ...] = ()
+    if annotation.startswith("Literal["):
+        choices = tuple(re.findall(r"'([^']*)'", annotation))
+    return Parameter(
+        name=name,
+        keyword=argument.arg,
+        type="float" if annotation == "PerExpert" else "str" if choices else annotation,
+        choices=choices,
+        default=ast.literal_eval(default),
+        per_expert=annotation == "PerExpert",
+        summary=_line_about(name, doc),
+    )
+
+
+def _line_about(parameter: str, doc: str) -> str:
+    """The docstring's table entry for a parameter, continuation lines joined."""
+    found = re.search(rf"^{parameter}[ ]{{2,}}(.+(?:\n[ ]{{4,}}.+)*)", doc, re.MULTILINE)
+    return re.sub(r"\s+", " ", found.group(1)) if found else ""
+
+
+def names() -> list[str]:
+    """Every method's name, in the table's order."""
+    return list(METHODS)
+
+
+def describe(name: str) -> Method:
+    """A method's declaration. Raises KeyError for a name that is not in the table."""
+    return _describe(name, METHODS[name])

@@ -1,0 +1,29 @@
+"""The weighted mean of the experts. https://arxiv.org/abs/2203.05482"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from streammerge.delta import Deltas, PerExpert
+from streammerge.methods import merge_method
+
+
+@merge_method(paper="arXiv:2203.05482", needs_base=False, streams_by="element")
+def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -> Tensor:
+    """Average the experts, weighted.
+
+    weight     share of each expert; only ratios matter while `normalize` is on
+    normalize  divide by the sum of the weights
+
+    W = Σ w_t W_t / Σ w_t, the "uniform soup" of the paper for equal weights. Computed as a change
+    from W_0 (the first expert where there is no base), so that small differences keep their digits.
+    Returns the merged delta, [*shape].
+    """
+    weights = deltas.per_expert(weight)
+    total = sum(weights)
+    merged = deltas.zeros(*deltas.shape)
+    for share, delta in zip(weights, deltas, strict=True):
+        merged.add_(delta.dense(), alpha=share / total if normalize else share)
+    if not normalize and total != 1.0:
+        merged.add_(deltas.base(), alpha=total - 1.0)
+    return merged

@@ -1,0 +1,273 @@
+"""Recipe and headers to Plan: every step, its bytes, arithmetic and memory, before torch is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge import methods
+from streammerge.budget import available_memory_bytes, format_bytes
+from streammerge.checkpoint import DTYPE_BYTES, Checkpoint, Storage, TensorEntry, load_checkpoint
+from streammerge.compare import differences
+from streammerge.errors import PlanError, quoted
+from streammerge.layout import Layout, lay_out
+from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
+from streammerge.rates import load_rates
+from streammerge.recipe import Recipe, Rule
+from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
+from streammerge.step import COPY, Step
+
+FALLBACK = "linear"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that will happen, in order.
+
+    models  the base, if the recipe names one, then the experts
+    names   what messages call them
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
+    names: tuple[str, ...]
+    steps: tuple[Step, ...]
+    layout: Layout
+    memory: MemoryPlan
+    warnings: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read, each once."""
+        return sum(step.read_bytes for step in self.steps)
+
+    @property
+    def flops(self) -> int:
+        """Arithmetic of all steps."""
+        return sum(step.flops for step in self.steps)
+
+    def workspace_bytes(self, step: Step) -> int:
+        """What a step takes beside the slots."""
+        return step_workspace_bytes(step, self.memory.slot_bytes)
+
+    @property
+    def kind(self) -> methods.StreamsBy:
+        """Whether the recipe's method streams by element or by matrix."""
+        return methods.describe(self.recipe.method).streams_by
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Wall time at the rates of earlier merges on this machine; None before the first."""
+        rates = load_rates(self.kind)
+        return rates.seconds(self.read_bytes, self.layout.total_bytes, self.flops) if rates else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change between an interrupted merge and its resumption."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "models": {
+                name: {
+                    file: {**asdict(model.files[file]), "header_sha256": digest}
+                    for file, digest in model.header_sha256.items()
+                }
+                for name, model in zip(self.names, self.models, strict=True)
+            },
+            "shards": {shard.file: hashlib.sha256(shard.header).hexdigest() for shard in self.layout.shards},
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    storage: Storage,
+    *,
+    memory_bytes: int | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
+    """Read the models' headers and decide everything.
+
+    memory_bytes     the budget; half of what is available when None
+    max_shard_bytes  the most data one output file holds
+
+    Raises CheckpointError for unsound files, PlanError for models that do not fit together or a budget
+    too small for the largest step. Nothing is written.
+    """
+    locations = ([recipe.base] if recipe.base else []) + [expert.location for expert in recipe.experts]
+    models = tuple(load_checkpoint(storage, location) for location in locations)
+    names = recipe.names
+    _refuse_quantised(models, names)
+    _refuse_differences(models, names)
+    experts = range(1 if recipe.base else 0, len(models))
+    steps = _steps(recipe, models, experts)
+    budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
+    return Plan(
+        recipe=recipe,
+        models=models,
+        names=names,
+        steps=steps,
+        layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
+        memory=fit_memory(steps, budget),
+        warnings=tuple(recipe.warnings) + _warnings(recipe, models, names, steps),
+    )
+
+
+def check_disk(plan: Plan, out: str) -> tuple[int, int]:
+    """Bytes the output needs and bytes free where it would lie. Raises PlanError when they do not fit."""
+    needed = plan.layout.total_bytes
+    folder = Path(os.path.abspath(out))
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PlanError(
+            f"{quoted(out)} needs {format_bytes(needed)} of disk but {format_bytes(free)} are free",
+            hint="Free some space, choose another folder, or set a narrower `out_dtype`.",
+        )
+    return needed, free
+
+
+def _refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    for model, name in zip(models, names, strict=True):
+        if model.config.get("quantization_config"):
+            raise PlanError(
+                f"{quoted(name)} is quantised: its config.json has a `quantization_config`",
+                hint="Dequantise it to bfloat16 first. Codes and scales cannot be merged as numbers.",
+            )
+
+
+def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    found = [
+        line
+        for model, name in zip(models[1:], names[1:], strict=True)
+        for line in differences(models[0], model, names[0], name)
+    ]
+    if found:
+        raise PlanError(
+            f"the models do not fit together: {len(found)} difference{'s' if len(found) > 1 else ''}\n  "
+            + "\n  ".join(found),
+            hint="The models must share an architecture and a vocabulary. "
+            f"`streammerge inspect {' '.join(m.location for m in models)}` shows them side by side.",
+        )
+
+
+def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tuple[Step, ...]:
+    reference = models[0]
+    reads_base = methods.describe(recipe.method).needs_base or any(
+        rule.method and methods.describe(rule.method).needs_base for rule in recipe.rules
+    )
+    if reads_base and not recipe.base:
+        raise PlanError(
+            "a rule's method works on changes from a base, but the recipe has no `base_model`",
+            hint="Add `base_model: DIR` to the recipe.",
+        )
+    kinds = roles({n: (e.shape, e.dtype) for n, e in reference.tensors.items()}, reference.config)
+    layers = layer_count(reference.tensors)
+    # in the order of the reference's bytes, so that input and output files are passed through once
+    ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))
+    return tuple(
+        _step(recipe, models, experts, entry.name, kinds[entry.name],
+              layer_position(entry.name, layers), reads_base)
+        for entry in ordered
+    )  # fmt: skip
+
+
+def _step(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    experts: range,
+    name: str,
+    role: Role,
+    position: float,
+    reads_base: bool,
+) -> Step:
+    entries = tuple(models[i].tensors[name] for i in experts)
+    reference = models[0].tensors[name]
+    rule = recipe.rule_for(name)
+    method = _method_for(recipe, rule, role, reference)
+    dtype = (recipe.output_dtype or reference.dtype) if reference.is_float else reference.dtype
+    if method is None:
+        return Step(
+            name=name, role=role, method=COPY, arguments={}, base=None, experts=(reference,), models=(0,),
+            dtype=dtype, by_matrix=False, passes=1, flops=0, workspace_bytes=0,
+        )  # fmt: skip
+    arguments = recipe.resolve(method, name, position, rule)
+    by_matrix = method.streams_by == "matrix"
+    shape = _matrix_shape(reference, role) if by_matrix else (1, reference.elements)
+    widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
+    cost = method.cost(shape, len(entries), arguments, 8 if widest == 8 else 4)
+    return Step(
+        name=name,
+        role=role,
+        method=method.name,
+        arguments=arguments,
+        base=reference if reads_base else None,
+        experts=entries,
+        models=((0,) if reads_base else ()) + tuple(experts),
+        dtype=dtype,
+        by_matrix=by_matrix,
+        passes=cost.passes,
+        flops=cost.flops,
+        workspace_bytes=cost.workspace_bytes,
+    )
+
+
+def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: TensorEntry) -> methods.Method | None:
+    """The method a tensor gets; None means it is copied."""
+    if not reference.is_float:
+        if reference.dtype.startswith("F8"):
+            raise PlanError(
+                f"{quoted(reference.name)} is {reference.dtype}, which needs its scales to be merged",
+                hint="Convert the models to bfloat16 first.",
+            )
+        return None
+    if reference.elements == 0 or role.kind is TensorClass.BUFFER or (rule and rule.keep_base):
+        return None
+    if rule and rule.method:
+        method = methods.describe(rule.method)
+        if method.streams_by == "matrix" and len(reference.shape) != 2:
+            raise PlanError(
+                f"rule {quoted(rule.match)} sends {quoted(reference.name)} to {quoted(method.name)}, "
+                f"but its shape {list(reference.shape)} is not a matrix",
+                hint="Narrow the rule's `match`.",
+            )
+        return method
+    method = methods.describe(recipe.method)
+    if method.streams_by == "element" or role.kind in (TensorClass.MATRIX, TensorClass.ROUTER):
+        return method
+    return methods.describe(FALLBACK)
+
+
+def _matrix_shape(entry: TensorEntry, role: Role) -> tuple[int, int]:
+    rows, columns = entry.shape
+    return (columns, rows) if role.transposed else (rows, columns)
+
+
+def _warnings(
+    recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], steps: Sequence[Step]
+) -> tuple[str, ...]:
+    found = []
+    stacks = [step.name for step in steps if step.role.kind is TensorClass.STACK and step.method == FALLBACK]
+    if stacks and recipe.method != FALLBACK:
+        found.append(
+            f"{len(stacks)} stacked expert tensors such as {quoted(stacks[0])} are averaged: "
+            f"{quoted(recipe.method)} merges 2-D matrices"
+        )
+    by_guess = [step.name for step in steps if step.role.source == "shape"]
+    if by_guess:
+        found.append(
+            f"{len(by_guess)} tensors such as {quoted(by_guess[0])} have unknown names: "
+            "their class is taken from their shape"
+        )
+    if recipe.chat_template is None and recipe.tokenizer_source in (None, "base"):
+        with_template = [n for m, n in zip(models, names, strict=True) if "chat_template.jinja" in m.files]
+        if with_template and names[0] not in with_template:
+            found.append(
+                f"{quoted(names[0])} has no chat template but {quoted(with_template[0])} has: "
+                "set `chat_template` to say which the output gets"
+            )
+    return tuple(found)

@@ -1,0 +1,186 @@
+"""Read what the plan will need, in its order, ahead of its use, into slots that are reused."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
+
+# the owner of slots waits this long between looks at whether the merge was stopped
+_PATIENCE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A run of one tensor's bytes. `last`: nobody is planned to read it again."""
+
+    model: int
+    entry: TensorEntry
+    first_element: int
+    elements: int
+    last: bool
+
+    @property
+    def offset(self) -> int:
+        """Position in the file."""
+        return self.entry.offset + self.first_element * self._itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the run."""
+        return self.elements * self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        return self.entry.nbytes // max(self.entry.elements, 1)
+
+
+class Slot:
+    """A reusable buffer of uint8 and what was last read into it."""
+
+    __slots__ = ("buffer", "data", "request")
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.data: Tensor = buffer
+        self.request: Request | None = None
+
+
+class ReadAhead:
+    """A thread that fulfils requests in order, as far ahead as there are free slots.
+
+    requests  in the order in which they will be taken
+    slots     how many buffers of `slot_bytes` there are; no request is larger than one
+
+    `take` gives the next fulfilled request; `give_back` frees its slot. An error in the thread is raised
+    by `take`. `busy_seconds` is time spent reading; `waited_seconds` is time `take` spent waiting.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        models: Sequence[Checkpoint],
+        requests: Iterable[Request],
+        *,
+        slots: int,
+        slot_bytes: int,
+    ) -> None:
+        self.busy_seconds = 0.0
+        self.waited_seconds = 0.0
+        self.read_bytes = 0
+        self._files = _OpenFiles(storage, models)
+        self._requests = iter(requests)
+        self._slot_bytes = slot_bytes
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        memory = torch.empty(slots * slot_bytes, dtype=torch.uint8)
+        for i in range(slots):
+            self._free.put(Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]))
+        self._ready: queue.SimpleQueue[Slot | BaseException] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="streammerge-read", daemon=True)
+        self._thread.start()
+
+    def take(self) -> Slot:
+        """The next request's slot, waiting for it. Raises what the reading thread raised."""
+        started = time.perf_counter()
+        slot = self._ready.get()
+        self.waited_seconds += time.perf_counter() - started
+        if isinstance(slot, BaseException):
+            raise slot
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """The slot's data is no longer needed."""
+        self._free.put(slot)
+
+    def read_now(self, request: Request) -> Tensor:
+        """Read a run out of turn, into memory of its own."""
+        started = time.perf_counter()
+        data = self._fetch(request, torch.empty(request.nbytes, dtype=torch.uint8))
+        self.waited_seconds += time.perf_counter() - started
+        return data
+
+    def close(self) -> None:
+        """Stop reading, wait for the thread and close the files."""
+        self._stopped.set()
+        self._thread.join()
+        while not self._free.empty():
+            self._release(self._free.get())
+        self._files.close()
+
+    def _run(self) -> None:
+        try:
+            for request in self._requests:
+                slot = self._next_free()
+                if slot is None:
+                    return
+                started = time.perf_counter()
+                self._release(slot)
+                slot.data = self._fetch(request, slot.buffer)
+                slot.request = request
+                self.busy_seconds += time.perf_counter() - started
+                self.read_bytes += request.nbytes
+                self._ready.put(slot)
+        except BaseException as error:  # noqa: BLE001 - handed over to the thread that takes
+            self._ready.put(error)
+
+    def _next_free(self) -> Slot | None:
+        while not self._stopped.is_set():
+            try:
+                return self._free.get(timeout=_PATIENCE_SECONDS)
+            except queue.Empty:
+                continue
+        return None
+
+    def _fetch(self, request: Request, buffer: Tensor) -> Tensor:
+        file = self._files.of(request)
+        own = bytes_of(buffer)
+        view = file.fetch(request.offset, request.nbytes, own)
+        if view.obj is own.obj:
+            return buffer[: request.nbytes]
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+    def _release(self, slot: Slot) -> None:
+        # by this thread, so that the one that computes is not kept
+        if slot.request is not None and slot.request.last:
+            self._files.of(slot.request).release(slot.request.offset, slot.request.nbytes)
+        slot.request = None
+
+
+class _OpenFiles:
+    """Each input file, opened when first read."""
+
+    def __init__(self, storage: Storage, models: Sequence[Checkpoint]) -> None:
+        self._storage = storage
+        self._models = models
+        self._open: dict[tuple[int, str], ByteFile] = {}
+        self._lock = threading.Lock()
+
+    def of(self, request: Request) -> ByteFile:
+        key = (request.model, request.entry.file)
+        with self._lock:
+            if key not in self._open:
+                self._open[key] = self._storage.open(self._models[request.model].location, request.entry.file)
+            return self._open[key]
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+def bytes_of(buffer: Tensor) -> memoryview:
+    """The memory of a uint8 tensor, for system calls to read into or write from."""
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer protocol
+
+
+def cut(model: int, entry: TensorEntry, block_elements: int, *, last: bool) -> Iterator[Request]:
+    """A tensor as runs of at most `block_elements`."""
+    for first in range(0, entry.elements, block_elements):
+        yield Request(model, entry, first, min(block_elements, entry.elements - first), last)

@@ -1,0 +1,514 @@
+"""What to merge and how: a YAML recipe, a superset of mergekit's config."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+import yaml
+
+from streammerge import located_yaml, methods
+from streammerge.errors import RecipeError, quoted
+from streammerge.located_yaml import Located, did_you_mean, nearest
+from streammerge.methods import Method, Parameter
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+Rounding = Literal["nearest", "stochastic"]
+Value = float | int | bool | str
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A parameter's value by tensor: the first case whose filter is None or part of the name counts.
+
+    A case's value is a scalar, or a tuple of numbers: a curve over depth, straight between its points.
+    """
+
+    cases: tuple[tuple[str | None, Value | tuple[float, ...]], ...]
+
+    def value(self, name: str, position: float) -> Value | None:
+        """The value for a tensor at a depth in [0, 1], or None where no case speaks of it."""
+        for part, value in self.cases:
+            if part is None or part in name:
+                return _interpolate(value, position) if isinstance(value, tuple) else value
+        return None
+
+    def to_plain(self) -> object:
+        """The setting as YAML would write it."""
+        plain = [(part, list(value) if isinstance(value, tuple) else value) for part, value in self.cases]
+        if len(plain) == 1 and plain[0][0] is None:
+            return plain[0][1]
+        return [{"value": value} if part is None else {"filter": part, "value": value} for part, value in plain]
+
+
+def _interpolate(points: tuple[float, ...], position: float) -> float:
+    assert 0 <= position <= 1, f"position {position} is outside [0, 1]"
+    place = position * (len(points) - 1)
+    left = int(place)
+    right = min(left + 1, len(points) - 1)
+    return points[left] * (1 - (place - left)) + points[right] * (place - left)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """A model to merge: a folder, a file or a hub name, and its own settings."""
+
+    location: str
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What happens to the tensors whose name `match` finds: another method, or the base unchanged."""
+
+    match: str
+    method: str | None = None
+    keep_base: bool = False
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A recipe that was read and checked. Two are equal when they ask for the same merge."""
+
+    method: str
+    base: str | None
+    experts: tuple[Expert, ...]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    dtype: str | None = None
+    out_dtype: str | None = None
+    rounding: Rounding = "nearest"
+    seed: int = 0
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    name: str | None = None
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    written: str | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def load(source: str | os.PathLike[str] | Mapping[str, object] | Recipe) -> Recipe:
+        """A recipe from a path, a mapping, or YAML itself: text of more than one line."""
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return Recipe.from_dict(source)
+        if isinstance(source, str) and "\n" in source:
+            return Recipe.from_yaml(source)
+        return Recipe.from_file(source)
+
+    @staticmethod
+    def from_yaml(text: str, source: str = "recipe.yaml") -> Recipe:
+        """Read YAML; `source` is its name in messages. Relative paths start at the current folder."""
+        return _Reader(located_yaml.parse(text, source), None).recipe(text)
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> Recipe:
+        """Read a file. Relative paths start at the current folder or else at the file's."""
+        text = _contents(Path(path))
+        return _Reader(located_yaml.parse(text, str(path)), os.path.dirname(path)).recipe(text)
+
+    @staticmethod
+    def from_dict(mapping: Mapping[str, object]) -> Recipe:
+        """Read a mapping with the keys that YAML would have."""
+        return _Reader(located_yaml.wrap(mapping, "recipe"), None).recipe(None)
+
+    @property
+    def text(self) -> str:
+        """The YAML as it was written, or as it would be."""
+        if self.written is not None:
+            return self.written
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The safetensors code ("BF16") to write, or None to keep what the models have."""
+        dtype = self.out_dtype or self.dtype
+        return DTYPES[dtype] if dtype else None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values without empty or default ones; loading them gives an equal recipe."""
+        plain: dict[str, object] = {
+            "name": self.name,
+            "merge_method": self.method,
+            "base_model": self.base,
+            "models": [_plain(model=e.location, parameters=_plain_settings(e.parameters)) for e in self.experts],
+            "parameters": _plain_settings(self.parameters),
+            "rules": [_plain_rule(rule) for rule in self.rules],
+            "dtype": self.dtype,
+            "out_dtype": self.out_dtype,
+            "rounding": None if self.rounding == "nearest" else self.rounding,
+            "seed": self.seed or None,
+            "tokenizer_source": self.tokenizer_source,
+            "chat_template": self.chat_template,
+        }
+        return _plain(**plain)
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches a tensor's name."""
+        return next((rule for rule in self.rules if re.search(rule.match, name)), None)
+
+    def resolve(self, method: Method, tensor: str, position: float, rule: Rule | None = None) -> dict[str, object]:
+        """The keyword arguments of a method's function for one tensor at a depth in [0, 1].
+
+        Per-expert parameters come as one float per expert. The recipe's own settings belong to its own
+        method; any other method gets its declared defaults and what the rule that names it sets.
+        """
+        assert rule is None or rule.method == method.name, f"a rule for {rule.method} cannot set {method.name}"
+        first: list[Mapping[str, Setting]] = [rule.parameters] if rule else []
+        own = method.name == self.method
+        last = [self.parameters] if own else []
+        arguments: dict[str, object] = {}
+        for parameter in method.parameters.values():
+            value = partial(_first_value, parameter, tensor, position)
+            if parameter.per_expert:
+                each = ([*first, *([expert.parameters] if own else []), *last] for expert in self.experts)
+                arguments[parameter.keyword] = tuple(cast(float, value(settings)) for settings in each)
+            else:
+                arguments[parameter.keyword] = value([*first, *last])
+        return arguments
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Short names for messages, each different: the base's, if there is one, then the experts'."""
+        return _short_names([*([self.base] if self.base else []), *(each.location for each in self.experts)])
+
+
+def _first_value(parameter: Parameter, tensor: str, position: float, settings: list[Mapping[str, Setting]]) -> object:
+    for mapping in settings:
+        value = mapping[parameter.name].value(tensor, position) if parameter.name in mapping else None
+        if value is not None:
+            return round(value) if parameter.type == "int" and isinstance(value, float) else value
+    return float(cast(float, parameter.default)) if parameter.per_expert else parameter.default
+
+
+def _plain(**entries: object) -> dict[str, object]:
+    return {key: value for key, value in entries.items() if value not in (None, [], {})}
+
+
+def _plain_settings(settings: Mapping[str, Setting]) -> dict[str, object]:
+    return {name: setting.to_plain() for name, setting in settings.items()}
+
+
+def _plain_rule(rule: Rule) -> dict[str, object]:
+    return _plain(
+        match=rule.match,
+        merge_method=rule.method,
+        keep="base" if rule.keep_base else None,
+        parameters=_plain_settings(rule.parameters),
+    )
+
+
+def _contents(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            # one byte more than the limit is enough for `parse` to refuse it
+            return file.read(located_yaml.LARGEST_BYTES + 1).decode("utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{quoted(path)} does not exist") from error
+    except OSError as error:
+        raise RecipeError(f"{quoted(path)} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{quoted(path)} is not UTF-8 text") from error
+
+
+def _short_names(locations: list[str]) -> tuple[str, ...]:
+    """As many last path components as set a location apart from the others; repeats are numbered."""
+    parts = {location: os.path.normpath(location).split(os.sep) for location in locations}
+    names: list[str] = []
+    for location in locations:
+        short = _shortest(location, parts)
+        repeats = locations[: len(names)].count(location)
+        names.append(f"{short} #{repeats + 1}" if repeats else short)
+    return tuple(names)
+
+
+def _shortest(location: str, parts: Mapping[str, list[str]]) -> str:
+    for depth in range(1, len(parts[location]) + 1):
+        tail = parts[location][-depth:]
+        if not any(other[-depth:] == tail for each, other in parts.items() if each != location):
+            return "/".join(tail)
+    return location
+
+
+_KEYS = (
+    *(
+        "merge_method",
+        "base_model",
+        "models",
+        "parameters",
+        "rules",
+        "dtype",
+        "out_dtype",
+        "rounding",
+        "seed",
+    ),
+    *("tokenizer_source", "tokenizer", "chat_template", "name"),
+)
+_NOT_WHOLE = "{} takes models apart in mergekit; streammerge merges whole models"
+_WHOLE_HINT = "List the models under `models`; one slice over all layers of each means the same."
+_ADAPTER = "{} adds a LoRA adapter in mergekit; streammerge takes models as they are"
+_ADAPTER_HINT = "Merge the adapter into its model first and name the result."
+_VOCABULARY = "{} changes the vocabulary in mergekit; streammerge keeps one model's tokenizer"
+_MERGEKIT_KEYS = {key: (_NOT_WHOLE.format(quoted(key)), _WHOLE_HINT) for key in ("slices", "modules")}
+_MERGEKIT_MODEL_KEYS = {
+    "layer_range": (_NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
+    "lora": (_ADAPTER.format("`lora`"), _ADAPTER_HINT),
+}
+_MERGEKIT_TOKENIZER_KEYS = {
+    key: (_VOCABULARY.format(quoted(key)), "Remove it.") for key in ("tokens", "pad_to_multiple_of")
+}
+_MERGEKIT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+
+
+class _Reader:
+    """Reads one recipe, and knows what its fields need to know of each other."""
+
+    def __init__(self, root: Located, folder: str | None) -> None:
+        self.root, self.folder = root, folder
+        self.warnings: list[str] = []
+        self.fields = root.fields(_KEYS, _MERGEKIT_KEYS)
+        self.method = _method(_required(self.fields, "merge_method", root))
+        self.base = self.optional("base_model", self.location)
+        self.needs_base(self.method, self.fields["merge_method"])
+        self.experts = self.read_experts(_required(self.fields, "models", root))
+        self.models = [*([self.base] if self.base else []), *(expert.location for expert in self.experts)]
+
+    def recipe(self, written: str | None) -> Recipe:
+        parameters = self.parameters(self.fields.get("parameters"), self.method)
+        self.warn_of_unmerged_base(parameters)
+        return Recipe(
+            method=self.method.name,
+            base=self.base,
+            experts=self.experts,
+            parameters=parameters,
+            rules=tuple(self.rule(item) for item in self.optional("rules", Located.items) or ()),
+            dtype=self.optional("dtype", _dtype),
+            out_dtype=self.optional("out_dtype", _dtype),
+            rounding=self.optional("rounding", _rounding) or "nearest",
+            seed=self.optional("seed", _seed) or 0,
+            tokenizer_source=self.tokenizer_source(),
+            chat_template=self.optional("chat_template", self.chat_template),
+            name=self.optional("name", Located.text),
+            warnings=tuple(self.warnings),
+            written=written,
+        )
+
+    def optional(self, key: str, read: Callable[[Located], Read]) -> Read | None:
+        return read(self.fields[key]) if key in self.fields else None
+
+    def needs_base(self, method: Method, node: Located) -> None:
+        if method.needs_base and self.base is None:
+            hint = "Add `base_model` with the model that the experts were trained from."
+            raise node.error(f"method `{method.name}` needs a base model", hint)
+
+    def read_experts(self, node: Located) -> tuple[Expert, ...]:
+        experts = []
+        for item in node.items("a list of models"):
+            fields = item.fields(("model", "parameters"), _MERGEKIT_MODEL_KEYS)
+            location = self.location(_required(fields, "model", item))
+            # configs often list the base too; to a method of changes it has nothing to add
+            if self.method.needs_base and _same(location, self.base):
+                continue
+            parameters = self.parameters(fields.get("parameters"), self.method, of_expert=True)
+            experts.append(Expert(location=location, parameters=parameters))
+        if not experts:
+            found = "only the base model" if node.value else "no model"
+            raise node.error(f"`models` lists {found}", "List at least one model to merge.")
+        return tuple(experts)
+
+    def location(self, node: Located) -> str:
+        """A model as text, or in mergekit's long form {model: {path: PATH, revision: REVISION}}."""
+        if isinstance(node.value, dict):
+            fields = node.fields(("model", "override_architecture"), _MERGEKIT_MODEL_KEYS)
+            if "override_architecture" in fields:
+                self.warn(fields["override_architecture"], "tensors are matched by name, whatever the architecture")
+            node = _required(fields, "model", node)
+        revision = ""
+        if isinstance(node.value, dict):
+            fields = node.fields(("path", "revision"))
+            node = _required(fields, "path", node)
+            revision = "@" + fields["revision"].text() if "revision" in fields else ""
+        found = self.found(node.text("the folder, file or hub name of a model"))
+        if not found:
+            raise node.wrong("the folder, file or hub name of a model")
+        if "+" in found and not os.path.exists(found):
+            raise node.error(_ADAPTER.format(quoted(found)), _ADAPTER_HINT)
+        return found + revision
+
+    def found(self, path: str) -> str:
+        beside = os.path.join(self.folder or "", path)
+        return beside if os.path.exists(beside) and not os.path.exists(path) else path
+
+    def warn(self, node: Located, reason: str) -> None:
+        self.warnings.append(f"{node.where}: `{node.key}` is ignored: {reason}")
+
+    def warn_of_unmerged_base(self, parameters: Mapping[str, Setting]) -> None:
+        # with a weight for all models mergekit adds an unlisted base to them
+        shared = any(self.method.parameters[name].per_expert for name in parameters)
+        listed = any(_same(expert.location, self.base) for expert in self.experts)
+        if self.base and shared and not listed and not self.method.needs_base:
+            reason = f"`{self.method.name}` merges what `models` lists, where mergekit would add the base"
+            self.warn(self.fields["base_model"], reason)
+
+    def parameters(self, node: Located | None, method: Method, of_expert: bool = False) -> dict[str, Setting]:
+        settings = {}
+        for name, value in node.mapping().items() if node and node.value is not None else ():
+            if name == "int8_mask":
+                self.warn(value, "it saves memory in mergekit and changes no result")
+                continue
+            if name not in method.parameters:
+                listing = f"`streammerge methods {method.name}` lists "
+                near = nearest(name, method.parameters)
+                hint = f"{near} {listing}them." if near else f"{listing}its parameters."
+                raise value.error(f"unknown parameter {quoted(name)} for method `{method.name}`", hint)
+            parameter = method.parameters[name]
+            if of_expert and not parameter.per_expert:
+                hint = "Move it to `parameters` at the top of the recipe."
+                raise value.error(f"`{name}` is one value for the whole merge, found under a model", hint)
+            settings[name] = _setting(value, parameter)
+        return settings
+
+    def rule(self, node: Located) -> Rule:
+        fields = node.fields(("match", "merge_method", "keep", "parameters"))
+        match = _regex(_required(fields, "match", node))
+        if ("merge_method" in fields) == ("keep" in fields):
+            found = "both" if "keep" in fields else "neither"
+            raise node.error(f"a rule has `merge_method` or `keep`, found {found}")
+        if "merge_method" in fields:
+            method = _method(fields["merge_method"])
+            self.needs_base(method, fields["merge_method"])
+            parameters = self.parameters(fields.get("parameters"), method)
+            return Rule(match=match, method=method.name, parameters=parameters)
+        fields["keep"].choice(("base",))
+        if self.base is None:
+            raise fields["keep"].error("`keep: base` without a base model", "Add `base_model`.")
+        if "parameters" in fields:
+            raise fields["parameters"].error("`parameters` beside `keep`, which has none", "Remove them.")
+        return Rule(match=match, keep_base=True)
+
+    def tokenizer_source(self) -> str | None:
+        node = self.fields.get("tokenizer_source")
+        if "tokenizer" in self.fields:
+            tokenizer = self.fields["tokenizer"]
+            if node:
+                raise tokenizer.error("`tokenizer` and `tokenizer_source` say the same thing twice", "Keep one.")
+            node = _required(tokenizer.fields(("source",), _MERGEKIT_TOKENIZER_KEYS), "source", tokenizer)
+        if node is None:
+            return None
+        if node.value == "union":
+            message = f"`{node.key}: union` needs a new vocabulary; this version takes equal vocabularies"
+            raise node.error(message, "Name `base` or one of the models, if their vocabularies are equal.")
+        return self.model(node, "`base` or a model of this recipe", ("base",))
+
+    def chat_template(self, node: Located) -> str:
+        text = node.text("text")
+        if text == "auto" or "{{" in text or "{%" in text:
+            return text
+        expected = "`auto`, `base`, a model of this recipe, or a template with `{{` or `{%`"
+        if text in _MERGEKIT_TEMPLATES:
+            raise node.wrong(expected, "mergekit bundles this template; write its text here.")
+        return self.model(node, expected, ("auto", "base"))
+
+    def model(self, node: Located, expected: str, keywords: tuple[str, ...]) -> str:
+        """The base or an expert, in the spelling that `base_model` or `models` has."""
+        if node.value == "base":
+            if self.base is None:
+                raise node.error(f"`{node.key}: base` without a base model", "Add `base_model`.")
+            return "base"
+        location = self.location(node)
+        for model in self.models:
+            if _same(location, model):
+                return model
+        raise node.wrong(expected, did_you_mean(node.value, [*keywords, *self.models]))
+
+
+def _required(fields: Mapping[str, Located], key: str, owner: Located) -> Located:
+    if key in fields:
+        return fields[key]
+    raise owner.error(f"`{key}` is missing")
+
+
+def _same(location: str, other: str | None) -> bool:
+    if other is None or location == other:
+        return location == other
+    return all(map(os.path.exists, (location, other))) and os.path.abspath(location) == os.path.abspath(other)
+
+
+def _method(node: Located) -> Method:
+    name = node.text("the name of a method")
+    if name not in methods.names():
+        near = nearest(name, methods.names())
+        hint = f"{near} `streammerge methods` lists them." if near else "`streammerge methods` lists them."
+        raise node.error(f"unknown method {quoted(name)}", hint)
+    return methods.describe(name)
+
+
+def _dtype(node: Located) -> str:
+    name = node.text("a dtype").removeprefix("torch.")
+    if name in SHORT_DTYPES:
+        return SHORT_DTYPES[name]
+    if name not in DTYPES:
+        raise node.error(f"unknown dtype {quoted(name)}", did_you_mean(name, [*DTYPES, *SHORT_DTYPES]))
+    return name
+
+
+def _rounding(node: Located) -> Rounding:
+    return "stochastic" if node.choice(("nearest", "stochastic")) == "stochastic" else "nearest"
+
+
+def _seed(node: Located) -> int:
+    seed = node.whole()
+    if not 0 <= seed < 2**63:
+        raise node.wrong("a whole number from 0 to 2^63 - 1")
+    return seed
+
+
+def _regex(node: Located) -> str:
+    pattern = node.text("a regular expression")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        hint = "Quote it in YAML with single quotes: '…'."
+        raise node.error(f"{quoted(pattern)} is not a regular expression: {error}", hint) from error
+    return pattern
+
+
+def _setting(node: Located, parameter: Parameter) -> Setting:
+    items = node.value if isinstance(node.value, list) else None
+    if items and all(isinstance(item.value, dict) for item in items):
+        return Setting(cases=tuple(_case(item, parameter) for item in items))
+    if isinstance(node.value, dict):
+        raise node.wrong("a value or a list of `filter` and `value`")
+    return Setting(cases=((None, _value(node, parameter)),))
+
+
+def _case(node: Located, parameter: Parameter) -> tuple[str | None, Value | tuple[float, ...]]:
+    fields = node.fields(("filter", "value"))
+    part = fields["filter"].text() if "filter" in fields else "*"
+    return None if part == "*" else part, _value(_required(fields, "value", node), parameter)
+
+
+def _value(node: Located, parameter: Parameter) -> Value | tuple[float, ...]:
+    kind = parameter.type.removesuffix(" | None")
+    if isinstance(node.value, list) and node.value and kind in ("float", "int"):
+        return tuple(item.number() for item in node.value)
+    if parameter.choices:
+        return node.choice(parameter.choices)
+    return _READ[kind](node)
+
+
+_READ: Mapping[str, Callable[[Located], Value]] = {
+    "float": Located.number,
+    "int": Located.whole,
+    "bool": Located.truth,
+    "str": Located.text,
+}

@@ -1,0 +1,68 @@
+"""One tensor of a plan: what is read, which method merges it, what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
+from streammerge.rules import Role
+
+COPY = "copy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One tensor to merge, or to copy where `method` is "copy".
+
+    base       the base model's bytes; None where the merge does not read a base
+    experts    each expert's bytes, in the recipe's order; a copy has one entry and reads only that
+    models     which of the plan's models `base` (if any) and then `experts` lie in
+    dtype      the output's
+    arguments  the method function's keyword arguments
+    """
+
+    name: str
+    role: Role
+    method: str
+    arguments: Mapping[str, Any]
+    base: TensorEntry | None
+    experts: tuple[TensorEntry, ...]
+    models: tuple[int, ...]
+    dtype: str
+    by_matrix: bool
+    passes: int
+    flops: int
+    workspace_bytes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape as stored."""
+        return self.experts[0].shape
+
+    @property
+    def elements(self) -> int:
+        """How many elements the tensor has."""
+        return self.experts[0].elements
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs, each counted once however many passes there are."""
+        return sum(e.nbytes for e in self.experts) + (self.base.nbytes if self.base else 0)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the merged tensor."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element in the widest dtype that the step touches."""
+        entries = (*self.experts, self.base) if self.base else self.experts
+        return max(DTYPE_BYTES[self.dtype], *(DTYPE_BYTES[e.dtype] for e in entries))
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one element in the arithmetic: 4, or 8 where float64 comes in."""
+        return 8 if self.element_bytes == 8 else 4

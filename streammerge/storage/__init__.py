@@ -1,0 +1,1 @@
+"""Where a model's bytes live: one file per kind of place."""

@@ -1,0 +1,292 @@
+"""The deltas of one step as they come from the read-ahead: by block, or as whole matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from streammerge.checkpoint import TensorEntry
+from streammerge.delta import Delta, Deltas
+from streammerge.errors import MergeError, quoted
+from streammerge.readahead import ReadAhead, Request, Slot, cut
+from streammerge.step import COPY, Step
+from streammerge.workspace import Workspace
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "C64": torch.complex64,
+}  # fmt: skip
+
+
+class Sources:
+    """A step's inputs: the origin W_0 (the base, or the first expert) and the experts read beside it.
+
+    Without a base the first expert is its own origin: its delta is zero and is not read again.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        entries = (*((step.base,) if step.base else ()), *step.experts)
+        self.origin: tuple[int, TensorEntry] = (step.models[0], entries[0])
+        self.moving: tuple[tuple[int, TensorEntry], ...] = tuple(zip(step.models[1:], entries[1:], strict=True))
+        self.first_moving = 0 if step.base else 1
+
+    def requests(self, block_elements: int) -> Iterator[Request]:
+        """Every run the step is planned to read, in the order it will take them."""
+        step = self.step
+        if step.by_matrix:
+            yield from cut(*self.origin, block_elements, last=True)
+            for number in range(step.passes):
+                for source in self.moving:
+                    yield from cut(*source, block_elements, last=number == step.passes - 1)
+        else:
+            runs = [cut(*source, block_elements, last=True) for source in (self.origin, *self.moving)]
+            for together in zip(*runs, strict=True):
+                yield from together
+
+
+class StepReader:
+    """Takes one step's runs in the planned order; what is asked for out of order is read at once."""
+
+    def __init__(self, ahead: ReadAhead, sources: Sources, block_elements: int) -> None:
+        self._ahead = ahead
+        self._sources = sources
+        self._planned = list(sources.requests(block_elements))
+        self._taken = 0
+
+    def planned(self, position: int) -> Request:
+        """The request at a position of the plan."""
+        return self._planned[position]
+
+    def take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
+        """The run at a planned position, 1-D in its stored dtype, and what gives its slot back."""
+        request = self._planned[position % len(self._planned)]
+        while self._taken < min(position, len(self._planned)):
+            self._skip()
+        if self._taken != position:
+            return self._typed(request, self._ahead.read_now(request)), lambda: None
+        slot = self._ahead.take()
+        assert slot.request == request, f"read-ahead gave {slot.request}, the step wants {request}"
+        self._taken += 1
+        return self._typed(request, slot.data), lambda: self._ahead.give_back(slot)
+
+    def finish(self) -> None:
+        """Give back every planned run that was not asked for."""
+        while self._taken < len(self._planned):
+            self._skip()
+
+    def _skip(self) -> None:
+        slot: Slot = self._ahead.take()
+        self._taken += 1
+        self._ahead.give_back(slot)
+
+    @staticmethod
+    def _typed(request: Request, data: Tensor) -> Tensor:
+        return data.view(TORCH_DTYPES[request.entry.dtype])
+
+
+class Norms:
+    """Squared norms of each expert's delta, summed block by block in float64."""
+
+    def __init__(self, experts: int) -> None:
+        self.squared = [0.0] * experts
+
+    @property
+    def mean(self) -> float:
+        """The experts' mean norm."""
+        return sum(math.sqrt(s) for s in self.squared) / len(self.squared)
+
+
+class ElementDeltas(Deltas):
+    """One block of a tensor: the runs of every model are held, so iterating again costs no reading."""
+
+    def __init__(
+        self,
+        step: Step,
+        names: Sequence[str],
+        origin: Tensor,
+        moving: Sequence[Tensor],
+        first_element: int,
+        workspace: Workspace,
+        norms: Norms,
+    ) -> None:
+        self.name = step.name
+        self.shape = tuple(origin.shape)
+        self.dtype = compute_dtype(step)
+        self.experts = len(step.experts)
+        self.facts = {}
+        self.first_element = first_element
+        self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
+        self._runs: list[Tensor | None] = [*([] if step.base else [None]), *moving]
+        self._measured = [False] * self.experts
+        self._base = self.empty(*self.shape).copy_(origin)
+        self._delta: Tensor | None = None
+        if not math.isfinite(torch.linalg.vector_norm(self._base).item()):
+            refuse_non_finite(origin, step, names[step.models[0]], first_element)
+
+    def __iter__(self) -> Iterator[Delta]:
+        for index in range(self.experts):
+            yield _ElementDelta(self, index)
+
+    def base(self) -> Tensor:
+        return self._base
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self._workspace.empty(shape, dtype or self.dtype)
+
+    def form(self, index: int, out: Tensor | None) -> Tensor:
+        """Expert `index`'s delta in `out`, or in the stream's one buffer."""
+        if out is None:
+            if self._delta is None:
+                self._delta = self.empty(*self.shape)
+            out = self._delta
+        run = self._runs[index]
+        if run is None:
+            return out.zero_()
+        out.copy_(run).sub_(self._base)
+        if not self._measured[index]:
+            self._measured[index] = True
+            norm = torch.linalg.vector_norm(out).item()
+            if not math.isfinite(norm):
+                model = self._step.models[index + (self._step.base is not None)]
+                refuse_non_finite(run, self._step, self._names[model], self.first_element)
+            self._norms.squared[index] += norm**2
+        return out
+
+
+class _ElementDelta(Delta):
+    def __init__(self, deltas: ElementDeltas, index: int) -> None:
+        self.index = index
+        self._deltas = deltas
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        return self._deltas.form(self.index, out)
+
+
+class MatrixDeltas(Deltas):
+    """A whole matrix [out, in]: W_0 is kept as stored, each expert's delta is formed on demand.
+
+    A matrix stored [in, out] is seen transposed. The first `step.passes` iterations were read ahead;
+    further ones are read when asked for.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        names: Sequence[str],
+        reader: StepReader,
+        blocks: int,
+        workspace: Workspace,
+        norms: Norms,
+    ) -> None:
+        self.name = step.name
+        rows, columns = step.shape
+        self.shape = (columns, rows) if step.role.transposed else (rows, columns)
+        self.dtype = compute_dtype(step)
+        self.experts = len(step.experts)
+        self.facts = {}
+        self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
+        self._reader, self._blocks = reader, blocks
+        self._moving = len(step.models) - 1
+        self._passes = 0
+        self._delta: Tensor | None = None
+        self.stored_base = self._read_base()
+
+    def __iter__(self) -> Iterator[Delta]:
+        number = self._passes
+        self._passes += 1
+        for index in range(self.experts):
+            yield _MatrixDelta(self, index, number)
+
+    def base(self) -> Tensor:
+        whole = self.stored_base.to(self.dtype)
+        return whole.T if self._step.role.transposed else whole
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self._workspace.empty(shape, dtype or self.dtype)
+
+    def form(self, index: int, number: int, out: Tensor | None) -> Tensor:
+        """Expert `index`'s delta, read as part of pass `number`."""
+        if out is None:
+            if self._delta is None:
+                self._delta = self._stored_like(self.dtype)
+            out = self._delta.T if self._step.role.transposed else self._delta
+        moving = index - (self._step.base is None)
+        if moving < 0:
+            return out.zero_()
+        into = out.T if self._step.role.transposed else out
+        position = (1 + number * self._moving + moving) * self._blocks
+        squared = 0.0
+        for rows, run, give_back in self._rows(position):
+            block = into[rows].copy_(run).sub_(self.stored_base[rows])
+            norm = torch.linalg.vector_norm(block).item()
+            if not math.isfinite(norm):
+                model = self._step.models[index + (self._step.base is not None)]
+                refuse_non_finite(run.flatten(), self._step, self._names[model], rows.start * run.shape[1])
+            squared += norm**2
+            give_back()
+        self._norms.squared[index] = squared
+        return out
+
+    def _read_base(self) -> Tensor:
+        entry = self._step.base or self._step.experts[0]
+        kept = self._workspace.empty(self._step.shape, TORCH_DTYPES[entry.dtype])
+        for rows, run, give_back in self._rows(0):
+            kept[rows] = run
+            if not math.isfinite(torch.linalg.vector_norm(run, dtype=self.dtype).item()):
+                first = rows.start * run.shape[1]
+                refuse_non_finite(run.flatten(), self._step, self._names[self._step.models[0]], first)
+            give_back()
+        return kept
+
+    def _rows(self, position: int) -> Iterator[tuple[slice, Tensor, Callable[[], None]]]:
+        columns = self._step.shape[1]
+        first = 0
+        for block in range(self._blocks):
+            run, give_back = self._reader.take(position + block)
+            rows = run.view(-1, columns)
+            yield slice(first, first + len(rows)), rows, give_back
+            first += len(rows)
+
+    def _stored_like(self, dtype: torch.dtype) -> Tensor:
+        return self._workspace.empty(self._step.shape, dtype)
+
+
+class _MatrixDelta(Delta):
+    def __init__(self, deltas: MatrixDeltas, index: int, number: int) -> None:
+        self.index = index
+        self._deltas, self._number = deltas, number
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        return self._deltas.form(self.index, self._number, out)
+
+
+def compute_dtype(step: Step) -> torch.dtype:
+    """The dtype of a step's arithmetic."""
+    return torch.float64 if step.compute_bytes == 8 else torch.float32
+
+
+def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int) -> None:
+    """Raise MergeError naming the first NaN or infinity; large finite values pass.
+
+    values         1-D, a run of the tensor as stored
+    first_element  where in the flattened tensor the run begins
+    """
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad) == 0 or step.method == COPY:
+        return
+    flat = int(bad[0]) + first_element
+    index = []
+    for size in reversed(step.shape):
+        index.append(flat % size)
+        flat //= size
+    kind = "NaN" if torch.isnan(values[int(bad[0])]) else "an infinity"
+    raise MergeError(
+        f"{quoted(step.name)} in {quoted(model)} holds {kind} at {index[::-1]}",
+        hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
+    )

@@ -1,0 +1,42 @@
+"""Memory for one step at a time, taken once and reused: fresh pages cost more than arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 64
+
+
+class Workspace:
+    """An arena of `nbytes`. What is taken stays valid until `reset`.
+
+    A method that takes more than was planned still gets memory, from the allocator; `overdraft_bytes`
+    is the most that ever came to.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        self._used = 0
+        self._overdrawn = 0
+        self.peak_bytes = 0
+        self.overdraft_bytes = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        end = self._used + nbytes
+        if end > len(self._memory):
+            self._overdrawn += nbytes
+            self.overdraft_bytes = max(self.overdraft_bytes, self._overdrawn)
+            return torch.empty(shape, dtype=dtype)
+        taken = self._memory[self._used : end].view(dtype).view(shape)
+        self._used = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.peak_bytes = max(self.peak_bytes, self._used)
+        return taken
+
+    def reset(self) -> None:
+        """All of it is free again."""
+        self._used = self._overdrawn = 0

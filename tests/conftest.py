@@ -1,0 +1,24 @@
+"""Fixtures: small models on disk, and a home that no test leaves traces in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import llama_tensors, save_model, tuned
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    """A base and three experts; the last is sharded otherwise than the rest."""
+    base = llama_tensors()
+    folders = {"base": save_model(tmp_path / "base", base, shards=2)}
+    for seed, name in enumerate(("math", "code", "chat"), start=1):
+        folders[name] = save_model(tmp_path / name, tuned(base, seed), shards=3 if name == "chat" else 2)
+    return folders

@@ -1,0 +1,173 @@
+"""The benchmarks' own promises, on models of a few hundred kilobytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors import safe_open
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Import a script of bench/ the way it imports its neighbours."""
+    monkeypatch.syspath_prepend(BENCH)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def contents(model: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def test_a_generated_set_is_sharded_indexed_and_opens_in_transformers(bench, tmp_path):
+    generate = bench("generate")
+    base, *_ = generate.ensure(tmp_path / "set", generate.Settings(size="tiny", shards=3), experts=1)
+    assert len(list(base.glob("model-*-of-00003.safetensors"))) == 3
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    tensors = contents(base)
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in tensors.values())
+    transformers = pytest.importorskip("transformers")
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert transformers.AutoTokenizer.from_pretrained(base)("a 1").input_ids == [13, 4]
+
+
+def test_an_expert_does_not_depend_on_how_many_there_are(bench, tmp_path):
+    generate = bench("generate")
+    settings = generate.Settings(size="tiny", kind="mixed")
+    few = generate.ensure(tmp_path / "few", settings, experts=1)
+    many = generate.ensure(tmp_path / "many", settings, experts=3)
+    for one, other in zip(few, many, strict=False):
+        left, right = contents(one), contents(other)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_changes_have_the_size_of_their_kind(bench, tmp_path):
+    generate = bench("generate")
+    settings = generate.Settings(size="tiny", kind="mixed")
+    base, sft, rl = (contents(m) for m in generate.ensure(tmp_path / "set", settings, experts=2))
+    name = "lm_head.weight"
+    dense, sparse = sft[name].float() - base[name].float(), rl[name].float() - base[name].float()
+    assert float(base[name].float().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(dense.std()) == pytest.approx(0.0005, rel=0.1)
+    assert float((sparse == 0).float().mean()) > 0.5
+
+
+def test_a_complete_set_is_kept_and_a_broken_one_made_again(bench, tmp_path):
+    generate = bench("generate")
+    settings = generate.Settings(size="tiny")
+    base, *_ = generate.ensure(tmp_path / "set", settings, experts=2)
+    written = base.stat().st_mtime_ns
+    generate.ensure(tmp_path / "set", settings, experts=1)
+    assert base.stat().st_mtime_ns == written
+    marker = tmp_path / "set" / "set.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
+    generate.ensure(tmp_path / "set", settings, experts=2)
+    assert base.stat().st_mtime_ns != written
+
+
+def test_a_folder_of_something_else_is_left_alone(bench, tmp_path):
+    generate = bench("generate")
+    (tmp_path / "precious.txt").write_text("kept")
+    with pytest.raises(SystemExit, match="something else"):
+        generate.ensure(tmp_path, generate.Settings(size="tiny"), experts=1)
+    assert (tmp_path / "precious.txt").read_text() == "kept"
+
+
+def test_trimming_leaves_a_smaller_complete_set(bench, tmp_path):
+    generate = bench("generate")
+    settings = generate.Settings(size="tiny")
+    base, *_ = generate.ensure(tmp_path / "set", settings, experts=3)
+    written = base.stat().st_mtime_ns
+    generate.trim(tmp_path / "set", experts=1)
+    assert [p.name for p in sorted((tmp_path / "set").glob("expert-*"))] == ["expert-1"]
+    generate.ensure(tmp_path / "set", settings, experts=1)
+    assert base.stat().st_mtime_ns == written
+    generate.trim(tmp_path / "set", experts=0)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_cold_file_has_no_pages_and_a_warm_one_has_all(bench, tmp_path):
+    files = bench("files")
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    files.make_warm([file])
+    assert files.cached_bytes(file) == 1 << 20
+
+
+def test_a_child_is_measured_and_its_failure_reported(bench):
+    child = bench("child")
+    ran = child.run(
+        [sys.executable, "-c", "x = bytearray(b'1') * (1 << 26); import time; time.sleep(0.3); print('{}')"]
+    )
+    assert ran.peak_anonymous_bytes > 1 << 26
+    assert ran.json() == {}
+    with pytest.raises(SystemExit, match="ended with 3"):
+        child.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_rows_name_the_machine_the_versions_the_date_and_the_commit(bench, tmp_path):
+    rows = bench("rows")
+    rows.append(tmp_path, "speed", {"seconds": 1.0})
+    rows.append(tmp_path, "speed", {"seconds": 2.0})
+    first, second = (json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines())
+    assert first.keys() == {"benchmark", "date", "commit", "machine", "versions", "load", "seconds"}
+    assert first["machine"].keys() == {"cpu", "cores", "memory_bytes"}
+    assert second["seconds"] == 2.0
+
+
+def test_the_float64_formulas_agree_where_they_must(bench):
+    truth = bench("truth")
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(24, 16, generator=draw).bfloat16()
+    experts = [(base + 0.1 * torch.randn(24, 16, generator=draw)).bfloat16() for _ in range(3)]
+    deltas = truth.deltas64(base, experts)
+    gram, right = truth.system64(deltas)
+    exact = right @ torch.linalg.pinv(gram)
+    assert truth.relative_error(truth.exact64(deltas), exact) < 1e-12
+    assert truth.relative_error(truth.cut64(deltas), exact) < 1e-12
+    assert truth.relative_error(truth.ridge64(deltas, 1e-12), exact) < 1e-9
+    assert truth.relative_error(truth.paper32(base, experts), exact) < 1e-5
+    # one expert comes back whole, however large the ridge
+    assert truth.relative_error(truth.ridge64(deltas[:1], 10.0), deltas[0]) < 1e-12
+
+
+def test_the_exact_formula_takes_the_dual_side_of_a_wide_matrix(bench):
+    truth = bench("truth")
+    draw = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(4, 32, generator=draw, dtype=torch.float64) for _ in range(3)]
+    gram, right = truth.system64(deltas)
+    assert truth.relative_error(truth.exact64(deltas), right @ torch.linalg.pinv(gram)) < 1e-12
+
+
+def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
+    linear_io = bench("linear_io")
+    words = torch.tensor([-1, 0, 1], dtype=torch.int16)
+    tiny = torch.tensor([0x8001 - 0x10000, 0, 1], dtype=torch.int16).view(torch.bfloat16)
+    assert torch.equal(linear_io._ordered(tiny), words.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "script", ["generate", "memory", "correctness", "speed", "linear_io", "readers", "run_all"]
+)
+def test_every_script_is_listed_in_the_readme(script):
+    assert f"`{script}.py`" in (BENCH / "README.md").read_text()
+    assert (BENCH / f"{script}.py").is_file()

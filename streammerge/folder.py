@@ -139,7 +139,7 @@ tags:
 
 # {title}
 
-Merged with [streammerge](https://pypi.org/project/streammerge/) by `{plan.recipe.method}`.
+Merged with streammerge by `{plan.recipe.method}`.
 `{REPORT_NAME}` says what was done to each tensor; `streammerge verify` checks the files against it.
 
 ```yaml

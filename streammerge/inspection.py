@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.checkpoint import Checkpoint, Storage, load_checkpoint
 from streammerge.compare import differences
+from streammerge.owners import roles_from_model
 from streammerge.rules import Role, roles
 
 
@@ -54,8 +55,14 @@ def inspect_models(storage: Storage, *locations: str) -> Inspection:
     models = tuple(load_checkpoint(storage, location) for location in locations)
     return Inspection(
         models=models,
-        roles=tuple(roles({n: (e.shape, e.dtype) for n, e in m.tensors.items()}, m.config) for m in models),
+        roles=tuple(
+            roles({n: (e.shape, e.dtype) for n, e in m.tensors.items()}, m.config, roles_from_model) for m in models
+        ),
         differences=tuple(
             line for model in models[1:] for line in differences(models[0], model, models[0].location, model.location)
         ),
     )
+
+
+def _roles(model: Checkpoint) -> dict[str, Role]:
+    return roles({n: (e.shape, e.dtype) for n, e in model.tensors.items()}, model.config, roles_from_model)

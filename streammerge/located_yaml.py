@@ -142,7 +142,7 @@ def _with_keys(keys: Collection[str]) -> str:
 def parse(text: str, source: str) -> Located:
     """One YAML document as Located values. Tags that build objects are refused, aliases bounded."""
     if len(text) > LARGEST_BYTES:
-        raise RecipeError(f"{quoted(source)} is larger than 1 MiB, which no recipe is")
+        raise too_large(source)
     loader = _compose_safely(text, source)
     if loader.root is None:
         raise RecipeError(f"{source}:1: the recipe is empty", hint="A recipe starts with `merge_method` and `models`.")
@@ -188,7 +188,8 @@ def _compose_safely(text: str, source: str) -> _Loader:
         raise RecipeError(f"{source}:{line}: not valid YAML: {error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{source}:{line}: the character {error.character!r} is not allowed in YAML") from error
+        found = f"U+{int(error.character):04X}"
+        raise RecipeError(f"{source}:{line}: the character {found} is not allowed in YAML") from error
     except _TooMuch:
         raise _too_much(f"{source}:{loader.line + 1 if loader else 1}") from None
     except (ValueError, OverflowError) as error:
@@ -196,6 +197,11 @@ def _compose_safely(text: str, source: str) -> _Loader:
         line = loader.line + 1 if loader else 1
         raise RecipeError(f"{source}:{line}: not valid YAML: a number is out of range") from error
     return loader
+
+
+def too_large(source: str) -> RecipeError:
+    """The error for more than LARGEST_BYTES."""
+    return RecipeError(f"{quoted(source)} is larger than 1 MiB, which no recipe is")
 
 
 def _too_much(where: str) -> RecipeError:

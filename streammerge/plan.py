@@ -17,6 +17,7 @@ from streammerge.compare import differences
 from streammerge.errors import PlanError, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
+from streammerge.owners import roles_from_model
 from streammerge.rates import load_rates
 from streammerge.recipe import Recipe, Rule
 from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
@@ -165,7 +166,7 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tupl
             "a rule's method works on changes from a base, but the recipe has no `base_model`",
             hint="Add `base_model: DIR` to the recipe.",
         )
-    kinds = roles({n: (e.shape, e.dtype) for n, e in reference.tensors.items()}, reference.config)
+    kinds = roles({n: (e.shape, e.dtype) for n, e in reference.tensors.items()}, reference.config, roles_from_model)
     layers = layer_count(reference.tensors)
     # in the order of the reference's bytes, so that input and output files are passed through once
     ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))

@@ -210,12 +210,15 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
 def _contents(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            # one byte more than the limit is enough for `parse` to refuse it
-            return file.read(located_yaml.LARGEST_BYTES + 1).decode("utf-8")
+            data = file.read(located_yaml.LARGEST_BYTES + 1)
     except FileNotFoundError as error:
         raise RecipeError(f"{quoted(path)} does not exist") from error
     except OSError as error:
         raise RecipeError(f"{quoted(path)} cannot be read: {error.strerror}") from error
+    if len(data) > located_yaml.LARGEST_BYTES:
+        raise located_yaml.too_large(str(path))
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{quoted(path)} is not UTF-8 text") from error
 
@@ -240,18 +243,19 @@ def _shortest(location: str, parts: Mapping[str, list[str]]) -> str:
 
 
 _KEYS = (
-    *(
-        "merge_method",
-        "base_model",
-        "models",
-        "parameters",
-        "rules",
-        "dtype",
-        "out_dtype",
-        "rounding",
-        "seed",
-    ),
-    *("tokenizer_source", "tokenizer", "chat_template", "name"),
+    "merge_method",
+    "base_model",
+    "models",
+    "parameters",
+    "rules",
+    "dtype",
+    "out_dtype",
+    "rounding",
+    "seed",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
 )
 _NOT_WHOLE = "{} takes models apart in mergekit; streammerge merges whole models"
 _WHOLE_HINT = "List the models under `models`; one slice over all layers of each means the same."
@@ -353,24 +357,26 @@ class _Reader:
 
     def warn_of_unmerged_base(self, parameters: Mapping[str, Setting]) -> None:
         # with a weight for all models mergekit adds an unlisted base to them
-        shared = any(self.method.parameters[name].per_expert for name in parameters)
+        per_expert = {each.name for each in self.method.parameters.values() if each.per_expert}
+        shared = not per_expert.isdisjoint(parameters)
         listed = any(_same(expert.location, self.base) for expert in self.experts)
         if self.base and shared and not listed and not self.method.needs_base:
             reason = f"`{self.method.name}` merges what `models` lists, where mergekit would add the base"
             self.warn(self.fields["base_model"], reason)
 
     def parameters(self, node: Located | None, method: Method, of_expert: bool = False) -> dict[str, Setting]:
+        known = {parameter.name: parameter for parameter in method.parameters.values()}
         settings = {}
         for name, value in node.mapping().items() if node and node.value is not None else ():
             if name == "int8_mask":
                 self.warn(value, "it saves memory in mergekit and changes no result")
                 continue
-            if name not in method.parameters:
+            if name not in known:
                 listing = f"`streammerge methods {method.name}` lists "
-                near = nearest(name, method.parameters)
+                near = nearest(name, known)
                 hint = f"{near} {listing}them." if near else f"{listing}its parameters."
                 raise value.error(f"unknown parameter {quoted(name)} for method `{method.name}`", hint)
-            parameter = method.parameters[name]
+            parameter = known[name]
             if of_expert and not parameter.per_expert:
                 hint = "Move it to `parameters` at the top of the recipe."
                 raise value.error(f"`{name}` is one value for the whole merge, found under a model", hint)

@@ -174,18 +174,10 @@ def role_by_name(name: str, shape: tuple[int, ...], dtype_code: str, config: Map
     return _role_by_name(name, shape, dtype_code, _model_types(config))
 
 
-def owners_of_config(config: Mapping[str, Any]) -> Mapping[str, Role]:
-    """What transformers says each tensor is; empty where it is missing or does not know the model."""
-    # torch and transformers take seconds to import: pay only when a name was not recognised
-    from streammerge.owners import roles_from_model
-
-    return roles_from_model(config)
-
-
 def roles(
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
     config: Mapping[str, Any],
-    owners: Owners | None = owners_of_config,
+    owners: Owners | None = None,
 ) -> dict[str, Role]:
     """What each tensor is, in the order given.
 

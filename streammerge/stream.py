@@ -173,7 +173,8 @@ class Stream:
         for first in range(0, step.shape[0], rows):
             part = slice(first, first + rows)
             base = deltas.stored_base[part].to(deltas.dtype)
-            yield self._emit(step, first * step.shape[1], base, stored[part], tally)
+            # contiguous already, unless the matrix is seen transposed
+            yield self._emit(step, first * step.shape[1], base, stored[part].contiguous(), tally)
 
     def _emit(
         self,

@@ -111,10 +111,10 @@ def _describe(name: str, module: str) -> Method:
     )
     facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     doc = ast.get_docstring(function) or ""
-    parameters = {
-        argument.arg: _parameter(argument, default, doc)
+    declared = [
+        _parameter(argument, default, doc)
         for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    }
+    ]
     return Method(
         name=name,
         module=module,
@@ -123,7 +123,7 @@ def _describe(name: str, module: str) -> Method:
         needs_base=facts["needs_base"],
         streams_by=facts["streams_by"],
         paper=facts.get("paper"),
-        parameters=parameters,
+        parameters={parameter.name: parameter for parameter in declared},
         cost_path=facts.get("cost", "streammerge.solve.cost:elementwise"),
     )
 

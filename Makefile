@@ -1,0 +1,43 @@
+# Each target makes what it needs from a fresh clone: `.venv` holds all that is installed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-long lint bench clean
+
+help:  ## say what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+# torch alone first: asked for by another package it could come in another version
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	@touch $@
+
+.venv/dev: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	@touch $@
+
+demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compare
+	$(BIN)/python demo/demo.py
+
+test: .venv/dev  ## every test but the long ones
+	$(BIN)/pytest
+
+test-long: .venv/dev  ## the tests that take minutes
+	$(BIN)/pytest -m long
+
+lint: .venv/dev  ## format, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: .venv/dev  ## measure; rows go to bench/results
+	$(BIN)/python bench/run_all.py
+
+clean:  ## remove everything that was made here
+	rm -rf .venv .cache build dist demo-output

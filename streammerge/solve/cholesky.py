@@ -1,0 +1,69 @@
+"""Cholesky factor and solution in place, by panels, so that nearly all of it is matrix products.
+
+On the machine measured (2 cores, float32, n = 2048) 2.5 to 3 times faster than torch's LAPACK calls, which
+also copy both operands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streammerge.solve.buffers import Buffers
+from streammerge.solve.cost import PANEL
+
+
+class Cholesky:
+    """The factor of a symmetric positive definite H = L Lᵀ, held in H's own memory.
+
+    matrix  [n, n]  H; only its lower triangle is read, and L replaces it
+    rows            the most rows that solve_ will be given
+
+    `positive` is False where H was not numerically positive definite; nothing can be solved then.
+    `smallest_pivot` is the least squared diagonal element of L.
+    """
+
+    def __init__(self, matrix: Tensor, rows: int, buffers: Buffers) -> None:
+        n = matrix.shape[0]
+        self._lower = matrix
+        self._panel = buffers.take("panel", matrix.dtype, max(n, rows) * PANEL)
+        self._inverses = buffers.take("inverses", matrix.dtype, -(-n // PANEL), PANEL, PANEL)
+        self.positive = all(self._eliminate(start, min(start + PANEL, n)) for start in range(0, n, PANEL))
+        self.smallest_pivot = float(matrix.diagonal().min() ** 2) if self.positive else 0.0
+
+    def _eliminate(self, start: int, end: int) -> bool:
+        lower = self._lower
+        if start:
+            lower[start:, start:end].addmm_(lower[start:, :start], lower[start:end, :start].mT, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(lower[start:end, start:end])
+        if failed.item() or not torch.isfinite(corner.diagonal()).all():
+            return False
+        lower[start:end, start:end] = corner
+        inverse = self._inverse(start, end)
+        torch.linalg.solve_triangular(corner, torch.eye(end - start, dtype=corner.dtype), upper=False, out=inverse)
+        self._multiply(lower[end:, start:end], inverse.mT)
+        return True
+
+    def _inverse(self, start: int, end: int) -> Tensor:
+        width = end - start
+        return self._inverses[start // PANEL].view(-1)[: width * width].view(width, width)
+
+    def _multiply(self, columns: Tensor, factor: Tensor) -> None:
+        out = self._panel[: columns.numel()].view(columns.shape)
+        columns.copy_(torch.mm(columns, factor, out=out))
+
+    def solve_(self, right: Tensor) -> Tensor:
+        """Replace `right` [m, n] by right · H⁻¹, in place."""
+        lower, n = self._lower, self._lower.shape[0]
+        spans = [(start, min(start + PANEL, n)) for start in range(0, n, PANEL)]
+        for start, end in spans:
+            columns = right[:, start:end]
+            if start:
+                columns.addmm_(right[:, :start], lower[start:end, :start].mT, alpha=-1)
+            self._multiply(columns, self._inverse(start, end).mT)
+        for start, end in reversed(spans):
+            columns = right[:, start:end]
+            if end < n:
+                columns.addmm_(right[:, end:], lower[end:, start:end], alpha=-1)
+            self._multiply(columns, self._inverse(start, end))
+        return right

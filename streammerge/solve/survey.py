@@ -1,0 +1,116 @@
+"""The first look at a matrix's deltas: norms, mean, scale, and whether there is anything to solve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from streammerge.delta import Delta, Deltas
+from streammerge.errors import MergeError
+from streammerge.solve.buffers import Buffers
+from streammerge.solve.cost import BLOCK_ROWS, NORM_PANEL
+
+
+@dataclass(slots=True, kw_only=True)
+class Survey:
+    """What one pass over the experts showed.
+
+    used       indices of the experts that changed the matrix; the others count for nothing
+    energy     Σ ‖D_t‖², in float64
+    identical  every used expert made the same change
+    columns    how many columns some expert changed; in, where that was not asked for
+    scale      power of two that brings the deltas' root mean square to [1/2, 1)
+    """
+
+    used: list[int] = field(default_factory=list)
+    energy: float = 0.0
+    identical: bool = True
+    columns: int = 0
+    scale: float = 1.0
+
+
+def survey(
+    deltas: Deltas,
+    mean: Tensor,
+    slot: Callable[[int], Tensor],
+    buffers: Buffers,
+    *,
+    count_columns: bool = False,
+) -> Survey:
+    """Look at every expert once.
+
+    mean  [out, in]  receives the mean of the non-zero deltas: exactly D where all are the same D
+    slot             gives the [out, in] buffer for the next delta, from how many were used before it
+
+    Norms are summed over panels of fixed size, so they do not depend on how the experts are read.
+    Raises MergeError at the first NaN or infinity.
+    """
+    seen = Survey(columns=deltas.shape[1])
+    largest = torch.zeros(deltas.shape[1], dtype=deltas.dtype) if count_columns else None
+    mean.zero_()
+    for delta in deltas:
+        change = delta.dense(out=slot(len(seen.used)))
+        squared = squared_norm(change, buffers)
+        if not math.isfinite(squared):
+            raise _non_finite(deltas, delta, change)
+        if squared == 0.0:
+            continue
+        seen.used.append(delta.index)
+        seen.energy += squared
+        same = _add_to_mean(mean, change, len(seen.used), buffers, compare=seen.identical)
+        seen.identical = seen.identical and (same or len(seen.used) == 1)
+        if largest is not None:
+            torch.maximum(largest, torch.linalg.vector_norm(change, math.inf, dim=0), out=largest)
+    if largest is not None:
+        seen.columns = int(torch.count_nonzero(largest))
+    if seen.used:
+        root_mean_square = math.sqrt(seen.energy / (len(seen.used) * mean.numel()))
+        # past 2^126 float32 has no power of two
+        seen.scale = 2.0 ** min(-math.frexp(root_mean_square)[1], 126)
+    return seen
+
+
+def squared_norm(change: Tensor, buffers: Buffers) -> float:
+    """‖change‖² in float64; not finite where an element is not."""
+    flat, total = change.view(-1), 0.0
+    wide = buffers.take("norm", torch.float64, NORM_PANEL)
+    for start in range(0, len(flat), NORM_PANEL):
+        panel = wide[: min(NORM_PANEL, len(flat) - start)].copy_(flat[start : start + NORM_PANEL])
+        total += torch.dot(panel, panel).item()
+    return total
+
+
+def _add_to_mean(mean: Tensor, change: Tensor, count: int, buffers: Buffers, *, compare: bool) -> bool:
+    """Take the `count`th delta into the running mean; return whether it equals the mean so far.
+
+    mean += (D - mean) / count leaves the mean of identical deltas exactly D; a sum divided at the
+    end would not.
+    """
+    same = compare
+    block = buffers.take("block", mean.dtype, min(BLOCK_ROWS, len(mean)), mean.shape[1])
+    for row in range(0, len(mean), BLOCK_ROWS):
+        part = mean[row : row + BLOCK_ROWS]
+        difference = torch.sub(change[row : row + BLOCK_ROWS], part, out=block[: len(part)])
+        same = same and not difference.any()
+        part.add_(difference, alpha=1.0 / count)
+    return same
+
+
+def _non_finite(deltas: Deltas, delta: Delta, change: Tensor) -> MergeError:
+    bad = (~torch.isfinite(change)).view(-1).nonzero()
+    if len(bad) == 0:
+        return MergeError(
+            f"`{deltas.name}`: the change made by expert {delta.index} is too large to square",
+            hint="Look at this expert's weights: its training diverged, or it belongs to another base.",
+        )
+    first = int(bad[0])
+    kind = "NaN" if math.isnan(change.view(-1)[first].item()) else "an infinity"
+    whose = "the base" if not math.isfinite(deltas.base().reshape(-1)[first].item()) else f"expert {delta.index}"
+    return MergeError(
+        f"`{deltas.name}`: {whose} holds {kind} at element {first} (seen in expert {delta.index})",
+        hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,9 @@ def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) ->
 
 
 def merge(recipe: Path, out: Path, *options: str) -> Ran:
-    """`streammerge merge RECIPE OUT --json`."""
+    """`streammerge merge RECIPE OUT --json`, from nothing: what an earlier run left at OUT is deleted."""
+    for old in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(old, ignore_errors=True)
     return run([sys.executable, "-m", "streammerge", "merge", str(recipe), str(out), "--json", *options])
 
 

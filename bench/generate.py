@@ -167,9 +167,7 @@ def _blocks(name: str, dims: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, 
         yield name, dims, first, min(first + step, dims[0])
 
 
-def _fill(
-    models: list[Folder], settings: Settings, name: str, dims: tuple[int, ...], first: int, last: int
-) -> None:
+def _fill(models: list[Folder], settings: Settings, name: str, dims: tuple[int, ...], first: int, last: int) -> None:
     """Draw one block of the base and of every expert, and write them."""
     block = (last - first, *dims[1:])
     columns = dims[1] if len(dims) == 2 else 1
@@ -221,14 +219,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--layers", type=int, help="decoder layers, instead of the size's own")
     parser.add_argument("--shards", type=int, default=2, help="files per model")
-    parser.add_argument(
-        "--kind", choices=KINDS, default="sft", help="sft: 2.5 %% of the base's scale; rl: 0.05 %%"
-    )
+    parser.add_argument("--kind", choices=KINDS, default="sft", help="sft: 2.5 %% of the base's scale; rl: 0.05 %%")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    settings = Settings(
-        size=given.size, layers=given.layers, shards=given.shards, kind=given.kind, seed=given.seed
-    )
+    settings = Settings(size=given.size, layers=given.layers, shards=given.shards, kind=given.kind, seed=given.seed)
     began = time.perf_counter()
     folders = ensure(given.directory, settings, experts=given.experts)
     written = sum(f.stat().st_size for folder in folders for f in folder.glob("*.safetensors"))

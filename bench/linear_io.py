@@ -74,9 +74,7 @@ def dd(inputs: list[Path], sources: list[Path], out: Path) -> dict[str, float]:
 
 
 def _dd(source: Path, target: Path, *words: str) -> None:
-    subprocess.run(
-        ["dd", f"if={source}", f"of={target}", "bs=8M", *words], check=True, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(["dd", f"if={source}", f"of={target}", "bs=8M", *words], check=True, stderr=subprocess.DEVNULL)
 
 
 def _peaks(ran: child.Ran) -> dict[str, float]:
@@ -125,8 +123,7 @@ def main() -> None:
     imports = {
         "streammerge": median(imports_only().elapsed_seconds for _ in range(3)),
         "mergekit": median(
-            child.run([str(python), "-c", "import mergekit.scripts.run_yaml"]).elapsed_seconds
-            for _ in range(3)
+            child.run([str(python), "-c", "import mergekit.scripts.run_yaml"]).elapsed_seconds for _ in range(3)
         ),
     }
     outs = {name: given.work / f"linear-{name.replace(' ', '-')}" for name in ways}
@@ -144,8 +141,7 @@ def main() -> None:
             print(f"{repeat + 1}/{given.repeats} {name}: {found[name][-1]['seconds']:.1f} s", file=sys.stderr)
         if repeat == 0:
             difference = {
-                name: compare(outs["streammerge"], outs[name])["largest_difference_ulp"]
-                for name in MERGEKIT_WAYS
+                name: compare(outs["streammerge"], outs[name])["largest_difference_ulp"] for name in MERGEKIT_WAYS
             }
             print(f"largest difference, ulp: {difference}", file=sys.stderr)
         for out in outs.values():
@@ -178,9 +174,7 @@ def report(
             facts["seconds_over_streammerge"] = seconds[name] / seconds["streammerge"]
         rows.append(results, "linear_io", facts | {"all_seconds": [run["seconds"] for run in runs]})
         peak = rows.mib(middle["peak_anonymous_bytes"]) if "peak_anonymous_bytes" in middle else "-"
-        ratios = [
-            f"{facts[k]:.2f}" if green else "differs" for k in ("seconds_over_dd", "seconds_over_streammerge")
-        ]
+        ratios = [f"{facts[k]:.2f}" if green else "differs" for k in ("seconds_over_dd", "seconds_over_streammerge")]
         start = f"{imports[tool]:.2f}" if tool in imports else "-"
         lines.append((name, f"{seconds[name]:.2f}", start, *ratios, peak))
     columns = ("linear of 3", "seconds", "of them imports", "over dd", "over streammerge", "anonymous memory")

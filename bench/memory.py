@@ -73,7 +73,6 @@ def main() -> None:
         experts = experts[: case.experts]
         recipe = child.write_recipe(given.work / "memory.yaml", case.method, experts, base)
         out = given.work / "memory-out"
-        shutil.rmtree(out, ignore_errors=True)
         files.make_cold(files.weight_files([base, *experts]))
         ran = child.merge(recipe, out, "--memory", given.memory)
         shutil.rmtree(out)

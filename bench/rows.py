@@ -25,9 +25,7 @@ def arguments(document: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(document or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="where model sets are made")
     parser.add_argument("--size", choices=SIZES, default="1.1b", help="`tiny` tries the benchmark out")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="DIR", help="where rows are appended"
-    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where rows are appended")
     return parser
 
 

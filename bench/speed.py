@@ -1,13 +1,14 @@
-"""Time one 2048 x 2048 matrix of three experts: the paper's formula against streammerge's actmat.
+"""Time one 2048 x 2048 matrix of three experts: the paper's code against streammerge's actmat, and its Gram.
 
 python bench/speed.py
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 
@@ -20,15 +21,13 @@ from torch import Tensor
 
 from streammerge.delta import TensorDeltas
 from streammerge.methods.actmat import actmat
+from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.matmul import fast_matmul
 
 TENSOR = "model.layers.0.self_attn.q_proj.weight"
+GRAM_TOLERANCE = 1e-5
 
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+Way = Callable[[], Tensor]
 
 
 def main() -> None:
@@ -37,52 +36,88 @@ def main() -> None:
     given = parser.parse_args()
     models = ensure(given.work / given.size, Settings(size=given.size), experts=3)[:4]
     base, *experts = (files.read_tensor(model, TENSOR) for model in models)
-    ways: dict[str, Callable[[], Tensor]] = {"paper": partial(truth.paper32, base, experts)}
-    for regulariser in truth.REGULARISERS:
-        ways[regulariser] = partial(actmat_once, base, experts, regulariser)
-    errors = check(ways, base, experts)
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.repeats):
-        for name, way in ways.items():
-            spent[name].append(seconds_of(way))
-    middle = {name: median(times) for name, times in spent.items()}
+    merges(given, base, experts)
+    grams(given, experts[0].float() - base.float())
+
+
+def merges(given: Namespace, base: Tensor, experts: list[Tensor]) -> None:
+    """The whole merge of one matrix, from bf16 weights to the merged change."""
+    deltas = truth.deltas64(base, experts)
+    ways: dict[str, Way] = {"paper": partial(truth.paper32, base, experts)}
+    errors = {"paper": truth.relative_error(ways["paper"](), truth.formula64("pinv", deltas))}
+    for solver in truth.SOLVERS:
+        ways[solver] = partial(_actmat, base, experts, solver)
+        errors[solver] = truth.relative_error(ways[solver](), truth.formula64(solver, deltas))
+        refuse(solver, errors[solver], truth.TOLERANCES[solver])
     lines = []
-    for name, seconds in middle.items():
-        facts = {
-            "size": given.size,
-            "shape": list(base.shape),
-            "experts": len(experts),
-            "threads": torch.get_num_threads(),
-            "way": name,
-            "seconds": seconds,
-            "speed_up": middle["paper"] / seconds,
-            "relative_error": errors[name],
-            "all_seconds": spent[name],
-        }
-        rows.append(given.results, "speed", facts)
-        lines.append((name, f"{1000 * seconds:.0f} ms", f"{facts['speed_up']:.1f}", f"{errors[name]:.1e}"))
+    for name, (seconds, every) in timed(ways, given.repeats).items():
+        if name == "paper":
+            paper = seconds
+        facts = {"part": "merge", "experts": len(experts), "speed_up": paper / seconds, "relative_error": errors[name]}
+        record(given, base, name, seconds, every, facts)
+        lines.append((name, f"{1000 * seconds:.1f} ms", f"{paper / seconds:.1f}", f"{errors[name]:.1e}"))
     print(rows.table(("actmat", "median", "speed-up", "error against float64"), lines))
 
 
-def actmat_once(base: Tensor, experts: list[Tensor], regulariser: str) -> Tensor:
-    """streammerge's method on tensors in memory."""
-    merged: Tensor = actmat(TensorDeltas(base, experts), regulariser=regulariser)
-    return merged
-
-
-def check(ways: dict[str, Callable[[], Tensor]], base: Tensor, experts: list[Tensor]) -> dict[str, float]:
-    """Each way's error against its own formula in float64; no times without it. This run also warms up."""
-    deltas = truth.deltas64(base, experts)
-    errors = {}
+def grams(given: Namespace, delta: Tensor) -> None:
+    """DᵀD as half of a product, against the whole product, in torch's two matrix libraries."""
+    truth64 = delta.T.double() @ delta.double()
+    out = torch.empty(len(truth64), len(truth64))
+    ways: dict[str, Way] = {}
+    for mode in ("default", "fast"):
+        ways[f"product, {mode}"] = partial(_in_mode, mode, lambda: torch.mm(delta.T, delta, out=out))
+        ways[f"half, {mode}"] = partial(_in_mode, mode, lambda: add_gram_(out.zero_(), delta))
+        ways[f"half and mirror, {mode}"] = partial(_in_mode, mode, lambda: mirror_(add_gram_(out.zero_(), delta)))
     for name, way in ways.items():
-        formula = "pinv" if name == "paper" else name
-        errors[name] = truth.relative_error(way(), truth.formula64(formula, deltas))
-        if errors[name] > truth.TOLERANCES[formula] and name != "paper":
-            print(
-                f"error: {name} is {errors[name]:.1e} off in float64; no speed-up is printed", file=sys.stderr
-            )
-            raise SystemExit(1)
-    return errors
+        found, wanted = way(), truth64
+        if name.startswith("half,"):
+            found, wanted = found.tril(), wanted.tril()
+        refuse(name, truth.relative_error(found, wanted), GRAM_TOLERANCE)
+    taken = timed(ways, 3 * given.repeats)
+    lines = []
+    for name, (seconds, every) in taken.items():
+        mode = name.rpartition(" ")[2]
+        gflops = 2 * delta.shape[0] * delta.shape[1] ** 2 / seconds / 1e9
+        over = {m: taken[f"product, {m}"][0] / seconds for m in (mode, "default")}
+        facts = {"part": "gram", "full_product_gflops": gflops, "over_same_mode": over[mode]}
+        record(given, delta, name, seconds, every, facts | {"over_default_mode": over["default"]})
+        ratios = (f"{over[mode]:.2f}", f"{over['default']:.2f}")
+        lines.append((name, f"{1000 * seconds:.1f} ms", f"{gflops:.0f}", *ratios))
+    print("\n" + rows.table(("gram", "median", "GFLOP/s of a product", "over its mode", "over default"), lines))
+
+
+def timed(ways: Mapping[str, Way], repeats: int) -> dict[str, tuple[float, list[float]]]:
+    """Median and all times in seconds; the ways alternate. Each has run before."""
+    every: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            every[name].append(time.perf_counter() - began)
+    return {name: (median(times), times) for name, times in every.items()}
+
+
+def refuse(name: str, error: float, tolerance: float) -> None:
+    """No times for a result that is wrong."""
+    if not error <= tolerance:
+        raise SystemExit(f"error: {name} is {error:.1e} off float64, more than {tolerance:.0e}; nothing is timed")
+
+
+def record(
+    given: Namespace, tensor: Tensor, way: str, seconds: float, every: list[float], facts: Mapping[str, object]
+) -> None:
+    """Append one way's row."""
+    shared = {"size": given.size, "shape": list(tensor.shape), "threads": torch.get_num_threads(), "way": way}
+    rows.append(given.results, "speed", shared | {"seconds": seconds} | dict(facts) | {"all_seconds": every})
+
+
+def _actmat(base: Tensor, experts: list[Tensor], solver: truth.Solver) -> Tensor:
+    return actmat(TensorDeltas(base, experts), solver=solver)
+
+
+def _in_mode(mode: str, way: Way) -> Tensor:
+    with fast_matmul() if mode == "fast" else nullcontext():
+        return way()
 
 
 if __name__ == "__main__":

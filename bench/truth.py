@@ -6,14 +6,16 @@ m rows, n columns, D_t = W_t - W_0 [m, n], A = Σ D_tᵀD_t [n, n], N = Σ D_t D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-REGULARISERS = ("ridge", "exact", "pinv")
+Solver = Literal["ridge", "exact", "pinv"]
+SOLVERS: tuple[Solver, ...] = ("ridge", "exact", "pinv")
 RIDGE = 0.1
-# pinv: an eigenvalue at the cut may fall on either side of it
-TOLERANCES = {"ridge": 1e-5, "exact": 1e-3, "pinv": 1e-2}
+# what solve_normal_equations promises; pinv: an eigenvalue at the cut may fall on either side of it
+TOLERANCES: dict[Solver, float] = {"ridge": 1e-3, "exact": 1e-3, "pinv": 1e-2}
 SINGLE_EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -70,11 +72,11 @@ def paper32(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-def formula64(regulariser: str, deltas: Sequence[Tensor]) -> Tensor:
-    """The formula that a regulariser stands for."""
-    if regulariser == "ridge":
+def formula64(solver: Solver, deltas: Sequence[Tensor]) -> Tensor:
+    """The formula that a solver stands for."""
+    if solver == "ridge":
         return ridge64(deltas, RIDGE)
-    return exact64(deltas) if regulariser == "exact" else cut64(deltas)
+    return exact64(deltas) if solver == "exact" else cut64(deltas)
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

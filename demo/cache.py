@@ -28,9 +28,7 @@ def complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     return record == json.loads(json.dumps(settings)) and (folder / MODEL / "config.json").is_file()
 
 
-def cached_model(
-    root: Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]
-) -> tuple[Path, bool]:
+def cached_model(root: Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
     """Find a model folder, or have `make` fill it. Returns it, and whether it had to be made.
 
     It is made beside its final place and renamed when done, so what an interruption leaves is never found.

@@ -22,7 +22,8 @@ def held_out_loss(model: Any, windows: Tensor) -> float:
     windows [count, tokens] int64
     """
     total = 0.0
-    for batch in windows.split(BATCH):
+    for start in range(0, len(windows), BATCH):
+        batch = windows[start : start + BATCH]
         logits = model(batch).logits[:, :-1].float()  # [batch, tokens - 1, vocabulary]
         total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / (len(windows) * (windows.shape[1] - 1))

@@ -77,7 +77,7 @@ def write_expert(base: Path, windows: Tensor, training: Training, folder: Path) 
     windows [training.windows, training.window_tokens] int64
     """
     torch.manual_seed(training.seed)
-    model = load(base, torch.float32)
+    model = load(base, torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -85,7 +85,8 @@ def write_expert(base: Path, windows: Tensor, training: Training, folder: Path) 
         optimizer, lambda step: min((step + 1) / (0.1 * training.steps), 1 - step / training.steps)
     )
     # without a terminal tqdm stays silent
-    for batch in tqdm(windows.split(training.windows_per_step), desc="training", disable=None, leave=False):
+    for step in tqdm(range(training.steps), desc="training", unit="step", disable=None, leave=False):
+        batch = windows[step * training.windows_per_step : (step + 1) * training.windows_per_step]
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch, labels=batch).loss
         loss.backward()

@@ -81,10 +81,7 @@ def wycliffe_bible() -> list[Document]:
     chapters: dict[int, list[str]] = {}
     for (verse, start), (_, end) in zip(starts, ends, strict=True):
         chapters.setdefault(int(verse) // 1000, []).append(text[int(start) : int(end)].strip())
-    return [
-        Document(group=f"book {chapter // 1000}", text="\n".join(lines))
-        for chapter, lines in chapters.items()
-    ]
+    return [Document(group=f"book {chapter // 1000}", text="\n".join(lines)) for chapter, lines in chapters.items()]
 
 
 def diagnoses() -> list[Document]:

@@ -17,6 +17,7 @@ from streammerge.errors import CheckpointError, quoted
 
 HEADER_LIMIT_BYTES = 100_000_000
 JSON_LIMIT_BYTES = 100_000_000
+DEEPEST_JSON = 64
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -117,6 +118,8 @@ def load_checkpoint(storage: Storage, location: str) -> Checkpoint:
         if weight_map is not None:
             _match_index(location, shard, entries, weight_map)
         tensors.update(entries)
+    if not tensors:
+        raise CheckpointError(f"{quoted(location)} holds no tensors", hint=_UNREADABLE)
     return Checkpoint(
         location=location,
         tensors=tensors,
@@ -164,23 +167,39 @@ def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[
 
 
 _DAMAGED = "The file is damaged or was not written by safetensors. Fetch it again."
+_UNREADABLE = "The file is damaged. Fetch it again."
 
 
 def parse_json(text: bytes, label: str) -> Any:
-    """JSON from outside: repeated keys, absurd nesting and non-UTF-8 are errors like any other."""
+    """JSON from outside: repeated keys, absurd nesting and text that UTF-8 cannot hold are errors like any other."""
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             seen: set[str] = set()
             repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{label} has the key {quoted(repeated)} twice", hint=_DAMAGED)
+            raise CheckpointError(f"{label} has the key {quoted(repeated)} twice", hint=_UNREADABLE)
         return table
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
+        if b"\\u" in text:
+            # an escaped half of a surrogate pair parses, but no file or terminal takes it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label} does not hold readable JSON: {error}", hint=_DAMAGED) from error
+        raise CheckpointError(f"{label} does not hold readable JSON: {error}", hint=_UNREADABLE) from error
+    if _is_deeper_than(DEEPEST_JSON, value):
+        raise CheckpointError(f"{label} nests JSON deeper than {DEEPEST_JSON} levels", hint=_UNREADABLE)
+    return value
+
+
+def _is_deeper_than(levels: int, value: Any) -> bool:
+    # level by level: recursion is what absurd nesting would exhaust
+    level = [value]
+    for _ in range(levels + 1):
+        containers = [each for each in level if isinstance(each, (dict, list))]
+        level = [child for each in containers for child in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
 
 
 def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> TensorEntry:
@@ -224,6 +243,8 @@ def _read_header(storage: Storage, location: str, name: str, file_bytes: int) ->
             hint="The download is incomplete. Compare with the size on the hub.",
         )
     header = storage.read(location, name, 8, length)
+    if len(header) < length:
+        raise CheckpointError(f"{label} became shorter while it was read", hint=_UNREADABLE)
     entries = parse_header(header, file_bytes - 8 - length, name, label)
     return entries, hashlib.sha256(header).hexdigest()
 
@@ -235,7 +256,7 @@ def _read_index(storage: Storage, location: str, files: Mapping[str, FileFacts])
     index = _read_json_file(storage, location, INDEX_NAME, files)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{label} has no `weight_map`", hint=_DAMAGED)
+        raise CheckpointError(f"{label} has no `weight_map`", hint=_UNREADABLE)
     for tensor, shard in weight_map.items():
         # only names of files in the model's own folder: never a path that leads elsewhere
         if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
@@ -282,7 +303,7 @@ def _read_config(storage: Storage, location: str, files: Mapping[str, FileFacts]
         return {}
     config = _read_json_file(storage, location, "config.json", files)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{_label(location, 'config.json')} is not a JSON object", hint=_DAMAGED)
+        raise CheckpointError(f"{_label(location, 'config.json')} is not a JSON object", hint=_UNREADABLE)
     return config
 
 
@@ -290,7 +311,7 @@ def _read_json_file(storage: Storage, location: str, name: str, files: Mapping[s
     if files[name].size > JSON_LIMIT_BYTES:
         raise CheckpointError(
             f"{_label(location, name)} has {files[name].size} bytes, over the limit of {JSON_LIMIT_BYTES}",
-            hint=_DAMAGED,
+            hint=_UNREADABLE,
         )
     return parse_json(storage.read(location, name, 0, files[name].size), _label(location, name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import click
 import streammerge
 from streammerge import api, methods
 from streammerge.budget import format_bytes
-from streammerge.errors import StreamMergeError
+from streammerge.errors import StreamMergeError, quoted
 from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
@@ -80,8 +81,13 @@ def merge(
     storage = LocalStorage()
     planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size, storage=storage)
     _warn(planned)
-    with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
-        report = api.run(planned, out, storage, resume=resume, progress=progress.show)
+    try:
+        with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
+            report = api.run(planned, out, storage, resume=resume, progress=progress.show)
+    except KeyboardInterrupt as interrupt:
+        partial = f"{os.path.abspath(out)}.partial"
+        hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
+        raise click.Abort(*([hint] if os.path.isdir(partial) else [])) from interrupt
     if as_json:
         click.echo(json.dumps(report.totals()))
     else:
@@ -170,15 +176,19 @@ def main() -> NoReturn:
     except click.UsageError as error:
         error.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        _tell("interrupted", stop.args[0] if stop.args else None)
         sys.exit(INTERRUPTED)
     except StreamMergeError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"\nhint: {error.hint}", err=True)
+        _tell(f"error: {error.message}", error.hint)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(message: str, hint: str | None) -> None:
+    click.echo(message, err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -40,7 +40,12 @@ class OutputError(StreamMergeError):
     """The output folder cannot be written, resumed or trusted."""
 
 
+def escaped(text: object) -> str:
+    """Text from outside, with anything a terminal could act on escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def quoted(name: object) -> str:
-    """A name from outside, in backticks, with anything a terminal could act on escaped."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    """A name from outside, in backticks, escaped and not too long to read."""
+    text = escaped(name)
     return f"`{text[:200]}…`" if len(text) > 200 else f"`{text}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -30,9 +31,14 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
     """Every file beside the weights but the report, by name. Read as data; nothing in them is run.
 
     The tokenizer is `tokenizer_source`'s, all else the base's (the first expert's without a base).
-    Raises PlanError when the recipe asks for a chat template that is not there.
+    Raises PlanError when the recipe asks for a tokenizer or a chat template that is not there.
     """
     reference, tokenizer = plan.models[0], _model(plan, plan.recipe.tokenizer_source)
+    if plan.recipe.tokenizer_source and not any(map(_is_tokenizer_file, tokenizer.files)):
+        raise PlanError(
+            f"{quoted(f'tokenizer_source: {plan.recipe.tokenizer_source}')} finds no tokenizer",
+            hint="Name a model that has one, or leave it out.",
+        )
     files = {
         name: _read(storage, model, name)
         for model, wanted in ((reference, _is_model_file), (tokenizer, _is_tokenizer_file))
@@ -94,7 +100,7 @@ def _set_template(plan: Plan, storage: Storage, files: dict[str, bytes]) -> None
         template = template_of(storage, _model(plan, choice))
     if template is None:
         raise PlanError(
-            f"`chat_template: {choice}` finds no chat template",
+            f"{quoted(f'chat_template: {choice}')} finds no chat template",
             hint="Name a model that has one, or leave it out.",
         )
     files[TEMPLATE_NAME] = template.encode()
@@ -128,6 +134,9 @@ def template_of(storage: Storage, model: Checkpoint) -> str | None:
 def _card(plan: Plan) -> str:
     title = plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names)
     models = "\n".join(f"- {json.dumps(model.location)}" for model in plan.models)
+    text = plan.recipe.text.strip()
+    # longer than any run of backticks inside, such as those of a chat template
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"""---
 base_model:
 {models}
@@ -142,7 +151,7 @@ tags:
 Merged with streammerge by `{plan.recipe.method}`.
 `{REPORT_NAME}` says what was done to each tensor; `streammerge verify` checks the files against it.
 
-```yaml
-{plan.recipe.text.strip()}
-```
+{fence}yaml
+{text}
+{fence}
 """

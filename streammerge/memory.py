@@ -79,8 +79,9 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[Mem
     largest = max(steps, key=lambda step: step_workspace_bytes(step, slot_bytes))
     workspace = step_workspace_bytes(largest, slot_bytes)
     left = budget_bytes - RESERVE_BYTES - workspace - OUTPUT_SLOTS * slot_bytes
-    input_slots = min(MOST_INPUT_SLOTS, left // slot_bytes)
-    if input_slots < _fewest_slots(steps):
+    fewest = _fewest_slots(steps)
+    input_slots = min(max(MOST_INPUT_SLOTS, fewest), left // slot_bytes)
+    if input_slots < fewest:
         return None, largest
     plan = MemoryPlan(
         budget_bytes=budget_bytes,

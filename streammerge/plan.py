@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +13,9 @@ from typing import Any
 
 from streammerge import methods
 from streammerge.budget import available_memory_bytes, format_bytes
-from streammerge.checkpoint import DTYPE_BYTES, Checkpoint, Storage, TensorEntry, load_checkpoint
+from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry, load_checkpoint
 from streammerge.compare import differences
-from streammerge.errors import PlanError, quoted
+from streammerge.errors import PlanError, escaped, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.owners import roles_from_model
@@ -152,7 +153,8 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
             f"the models do not fit together: {len(found)} difference{'s' if len(found) > 1 else ''}\n  "
             + "\n  ".join(found),
             hint="The models must share an architecture and a vocabulary. "
-            f"`streammerge inspect {' '.join(m.location for m in models)}` shows them side by side.",
+            f"`{escaped(shlex.join(['streammerge', 'inspect', *(m.location for m in models)]))}` "
+            "shows them side by side.",
         )
 
 
@@ -219,14 +221,21 @@ def _step(
 
 def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: TensorEntry) -> methods.Method | None:
     """The method a tensor gets; None means it is copied."""
+    if rule and rule.keep_base:
+        return None
     if not reference.is_float:
         if reference.dtype.startswith("F8"):
             raise PlanError(
                 f"{quoted(reference.name)} is {reference.dtype}, which needs its scales to be merged",
                 hint="Convert the models to bfloat16 first.",
             )
+        if reference.dtype not in INTEGER_DTYPES:
+            raise PlanError(
+                f"{quoted(reference.name)} is {reference.dtype}, which no method merges",
+                hint="Convert the models to float32 first.",
+            )
         return None
-    if reference.elements == 0 or role.kind is TensorClass.BUFFER or (rule and rule.keep_base):
+    if reference.elements == 0 or role.kind is TensorClass.BUFFER:
         return None
     if rule and rule.method:
         method = methods.describe(rule.method)
@@ -238,7 +247,8 @@ def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: Tensor
             )
         return method
     method = methods.describe(recipe.method)
-    if method.streams_by == "element" or role.kind in (TensorClass.MATRIX, TensorClass.ROUTER):
+    is_linear = role.kind in (TensorClass.MATRIX, TensorClass.ROUTER) and len(reference.shape) == 2
+    if method.streams_by == "element" or is_linear:
         return method
     return methods.describe(FALLBACK)
 
@@ -255,14 +265,15 @@ def _warnings(
     stacks = [step.name for step in steps if step.role.kind is TensorClass.STACK and step.method == FALLBACK]
     if stacks and recipe.method != FALLBACK:
         found.append(
-            f"{len(stacks)} stacked expert tensors such as {quoted(stacks[0])} are averaged: "
+            f"{len(stacks)} stacked expert tensor(s) such as {quoted(stacks[0])} are averaged: "
             f"{quoted(recipe.method)} merges 2-D matrices"
         )
-    by_guess = [step.name for step in steps if step.role.source == "shape"]
-    if by_guess:
+    # to a method of elements all tensors are alike
+    by_guess = [step.name for step in steps if step.role.source == "shape" and step.method != COPY]
+    if by_guess and methods.describe(recipe.method).streams_by == "matrix":
         found.append(
-            f"{len(by_guess)} tensors such as {quoted(by_guess[0])} have unknown names: "
-            "their class is taken from their shape"
+            f"{len(by_guess)} tensor(s) such as {quoted(by_guess[0])} of unknown name have the class "
+            "that their shape suggests: a rule can say otherwise"
         )
     if recipe.chat_template is None and recipe.tokenizer_source in (None, "base"):
         with_template = [n for m, n in zip(models, names, strict=True) if "chat_template.jinja" in m.files]

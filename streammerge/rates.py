@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Rates:
 
 
 def rates_path() -> Path:
-    """The file that holds them, under `$XDG_CACHE_HOME` or `~/.cache`."""
+    """The file that holds them, under `$XDG_CACHE_HOME` or `~/.cache`. Raises RuntimeError without a home."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "streammerge" / "rates.json"
 
@@ -36,22 +37,23 @@ def load_rates(kind: str) -> Rates | None:
     try:
         table = json.loads(rates_path().read_text())
         rates = Rates(**{key: float(value) for key, value in table[kind].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return rates if min(asdict(rates).values()) > 0 else None
+    return rates if all(0 < rate < math.inf for rate in asdict(rates).values()) else None
 
 
 def save_rates(kind: str, rates: Rates) -> None:
     """Remember the newest measurement. A home that cannot be written to is no reason to fail a merge."""
-    path = rates_path()
     try:
+        path = rates_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             table = json.loads(path.read_text())
         except (OSError, ValueError):
             table = {}
+        table = table if isinstance(table, dict) else {}
         staged = path.with_suffix(f".{os.getpid()}")
         staged.write_text(json.dumps({**table, kind: asdict(rates)}, indent=2))
         staged.replace(path)
-    except OSError:
+    except (OSError, RuntimeError):
         pass

@@ -101,18 +101,27 @@ class ReadAhead:
         self._free.put(slot)
 
     def read_now(self, request: Request) -> Tensor:
-        """Read a run out of turn, into memory of its own."""
+        """Read a run out of turn, into memory of its own; `release` when it is done with."""
         started = time.perf_counter()
         data = self._fetch(request, torch.empty(request.nbytes, dtype=torch.uint8))
         self.waited_seconds += time.perf_counter() - started
         return data
+
+    def release(self, request: Request) -> None:
+        """Give back what reading a run took of memory and page cache, unless it is to be read again."""
+        if request.last:
+            self._files.of(request).release(request.offset, request.nbytes)
 
     def close(self) -> None:
         """Stop reading, wait for the thread and close the files."""
         self._stopped.set()
         self._thread.join()
         while not self._free.empty():
-            self._release(self._free.get())
+            self._empty(self._free.get())
+        while not self._ready.empty():
+            unused = self._ready.get()
+            if isinstance(unused, Slot):
+                self._empty(unused)
         self._files.close()
 
     def _run(self) -> None:
@@ -122,7 +131,7 @@ class ReadAhead:
                 if slot is None:
                     return
                 started = time.perf_counter()
-                self._release(slot)
+                self._empty(slot)
                 slot.data = self._fetch(request, slot.buffer)
                 slot.request = request
                 self.busy_seconds += time.perf_counter() - started
@@ -147,10 +156,10 @@ class ReadAhead:
             return buffer[: request.nbytes]
         return torch.frombuffer(view, dtype=torch.uint8)
 
-    def _release(self, slot: Slot) -> None:
+    def _empty(self, slot: Slot) -> None:
         # by this thread, so that the one that computes is not kept
-        if slot.request is not None and slot.request.last:
-            self._files.of(slot.request).release(slot.request.offset, slot.request.nbytes)
+        if slot.request is not None:
+            self.release(slot.request)
         slot.request = None
 
 

@@ -16,45 +16,13 @@ from streammerge import located_yaml, methods
 from streammerge.errors import RecipeError, quoted
 from streammerge.located_yaml import Located, did_you_mean, nearest
 from streammerge.methods import Method, Parameter
+from streammerge.settings import Setting, read_setting, required
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Rounding = Literal["nearest", "stochastic"]
-Value = float | int | bool | str
 Read = TypeVar("Read")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A parameter's value by tensor: the first case whose filter is None or part of the name counts.
-
-    A case's value is a scalar, or a tuple of numbers: a curve over depth, straight between its points.
-    """
-
-    cases: tuple[tuple[str | None, Value | tuple[float, ...]], ...]
-
-    def value(self, name: str, position: float) -> Value | None:
-        """The value for a tensor at a depth in [0, 1], or None where no case speaks of it."""
-        for part, value in self.cases:
-            if part is None or part in name:
-                return _interpolate(value, position) if isinstance(value, tuple) else value
-        return None
-
-    def to_plain(self) -> object:
-        """The setting as YAML would write it."""
-        plain = [(part, list(value) if isinstance(value, tuple) else value) for part, value in self.cases]
-        if len(plain) == 1 and plain[0][0] is None:
-            return plain[0][1]
-        return [{"value": value} if part is None else {"filter": part, "value": value} for part, value in plain]
-
-
-def _interpolate(points: tuple[float, ...], position: float) -> float:
-    assert 0 <= position <= 1, f"position {position} is outside [0, 1]"
-    place = position * (len(points) - 1)
-    left = int(place)
-    right = min(left + 1, len(points) - 1)
-    return points[left] * (1 - (place - left)) + points[right] * (place - left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,10 +248,10 @@ class _Reader:
         self.root, self.folder = root, folder
         self.warnings: list[str] = []
         self.fields = root.fields(_KEYS, _MERGEKIT_KEYS)
-        self.method = _method(_required(self.fields, "merge_method", root))
+        self.method = _method(required(self.fields, "merge_method", root))
         self.base = self.optional("base_model", self.location)
         self.needs_base(self.method, self.fields["merge_method"])
-        self.experts = self.read_experts(_required(self.fields, "models", root))
+        self.experts = self.read_experts(required(self.fields, "models", root))
         self.models = [*([self.base] if self.base else []), *(expert.location for expert in self.experts)]
 
     def recipe(self, written: str | None) -> Recipe:
@@ -318,7 +286,7 @@ class _Reader:
         experts = []
         for item in node.items("a list of models"):
             fields = item.fields(("model", "parameters"), _MERGEKIT_MODEL_KEYS)
-            location = self.location(_required(fields, "model", item))
+            location = self.location(required(fields, "model", item))
             # configs often list the base too; to a method of changes it has nothing to add
             if self.method.needs_base and _same(location, self.base):
                 continue
@@ -335,11 +303,11 @@ class _Reader:
             fields = node.fields(("model", "override_architecture"), _MERGEKIT_MODEL_KEYS)
             if "override_architecture" in fields:
                 self.warn(fields["override_architecture"], "tensors are matched by name, whatever the architecture")
-            node = _required(fields, "model", node)
+            node = required(fields, "model", node)
         revision = ""
         if isinstance(node.value, dict):
             fields = node.fields(("path", "revision"))
-            node = _required(fields, "path", node)
+            node = required(fields, "path", node)
             revision = "@" + fields["revision"].text() if "revision" in fields else ""
         found = self.found(node.text("the folder, file or hub name of a model"))
         if not found:
@@ -365,7 +333,7 @@ class _Reader:
             self.warn(self.fields["base_model"], reason)
 
     def parameters(self, node: Located | None, method: Method, of_expert: bool = False) -> dict[str, Setting]:
-        known = {parameter.name: parameter for parameter in method.parameters.values()}
+        known = method.parameters
         settings = {}
         for name, value in node.mapping().items() if node and node.value is not None else ():
             if name == "int8_mask":
@@ -380,12 +348,12 @@ class _Reader:
             if of_expert and not parameter.per_expert:
                 hint = "Move it to `parameters` at the top of the recipe."
                 raise value.error(f"`{name}` is one value for the whole merge, found under a model", hint)
-            settings[name] = _setting(value, parameter)
+            settings[name] = read_setting(value, parameter)
         return settings
 
     def rule(self, node: Located) -> Rule:
         fields = node.fields(("match", "merge_method", "keep", "parameters"))
-        match = _regex(_required(fields, "match", node))
+        match = _regex(required(fields, "match", node))
         if ("merge_method" in fields) == ("keep" in fields):
             found = "both" if "keep" in fields else "neither"
             raise node.error(f"a rule has `merge_method` or `keep`, found {found}")
@@ -407,7 +375,7 @@ class _Reader:
             tokenizer = self.fields["tokenizer"]
             if node:
                 raise tokenizer.error("`tokenizer` and `tokenizer_source` say the same thing twice", "Keep one.")
-            node = _required(tokenizer.fields(("source",), _MERGEKIT_TOKENIZER_KEYS), "source", tokenizer)
+            node = required(tokenizer.fields(("source",), _MERGEKIT_TOKENIZER_KEYS), "source", tokenizer)
         if node is None:
             return None
         if node.value == "union":
@@ -435,12 +403,6 @@ class _Reader:
             if _same(location, model):
                 return model
         raise node.wrong(expected, did_you_mean(node.value, [*keywords, *self.models]))
-
-
-def _required(fields: Mapping[str, Located], key: str, owner: Located) -> Located:
-    if key in fields:
-        return fields[key]
-    raise owner.error(f"`{key}` is missing")
 
 
 def _same(location: str, other: str | None) -> bool:
@@ -486,35 +448,3 @@ def _regex(node: Located) -> str:
         hint = "Quote it in YAML with single quotes: '…'."
         raise node.error(f"{quoted(pattern)} is not a regular expression: {error}", hint) from error
     return pattern
-
-
-def _setting(node: Located, parameter: Parameter) -> Setting:
-    items = node.value if isinstance(node.value, list) else None
-    if items and all(isinstance(item.value, dict) for item in items):
-        return Setting(cases=tuple(_case(item, parameter) for item in items))
-    if isinstance(node.value, dict):
-        raise node.wrong("a value or a list of `filter` and `value`")
-    return Setting(cases=((None, _value(node, parameter)),))
-
-
-def _case(node: Located, parameter: Parameter) -> tuple[str | None, Value | tuple[float, ...]]:
-    fields = node.fields(("filter", "value"))
-    part = fields["filter"].text() if "filter" in fields else "*"
-    return None if part == "*" else part, _value(_required(fields, "value", node), parameter)
-
-
-def _value(node: Located, parameter: Parameter) -> Value | tuple[float, ...]:
-    kind = parameter.type.removesuffix(" | None")
-    if isinstance(node.value, list) and node.value and kind in ("float", "int"):
-        return tuple(item.number() for item in node.value)
-    if parameter.choices:
-        return node.choice(parameter.choices)
-    return _READ[kind](node)
-
-
-_READ: Mapping[str, Callable[[Located], Value]] = {
-    "float": Located.number,
-    "int": Located.whole,
-    "bool": Located.truth,
-    "str": Located.text,
-}

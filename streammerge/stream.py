@@ -77,7 +77,7 @@ class Stream:
     def __init__(self, plan: Plan, storage: Storage, *, skip: Container[str] = ()) -> None:
         self._plan = plan
         self._steps = [step for step in plan.steps if step.name not in skip]
-        self.to_read_bytes = sum(step.read_bytes * step.passes for step in self._steps)
+        self.to_read_bytes = sum(Sources(step).read_bytes for step in self._steps)
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
         self.workspace = Workspace(plan.memory.workspace_bytes)
@@ -97,8 +97,8 @@ class Stream:
     def __enter__(self) -> Stream:
         threads = torch.get_num_threads()
         self._settings.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(thread_limit())
-        self._settings.enter_context(fast_matmul())
+        if any(step.by_matrix for step in self._steps):
+            self._settings.enter_context(fast_matmul())
         return self
 
     def __exit__(
@@ -124,6 +124,7 @@ class Stream:
         reader = StepReader(self.ahead, Sources(step), block)
         outcome = Outcome(step.name, step.method)
         tally = _Tally(Norms(len(step.experts)))
+        torch.set_num_threads(_threads_for(step))
         merge = self._copy if step.method == COPY else self._by_matrix if step.by_matrix else self._by_element
         waiting: Block | None = None
         for finished in merge(step, reader, block, outcome, tally):
@@ -197,7 +198,8 @@ class Stream:
             before = base.to(dtype) if measures else None
             if measures and tally is not None:
                 tally.merged(merged)
-            exact = merged.add_(base)
+            # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
+            exact = merged.contiguous().add_(base)
             recipe = self._plan.recipe
             round_to(
                 exact,
@@ -210,20 +212,25 @@ class Stream:
             )
             if before is not None and tally is not None:
                 tally.rounded(out, exact, before)
-        self._refuse_overflow(step, out)
+        if step.method != COPY or step.dtype != step.experts[0].dtype:
+            self._refuse_overflow(step, out, base)
         data = bytes_of(slot)[:nbytes]
         return Block(step.name, first * dtype.itemsize, data, lambda: self._output.put(slot))
 
-    def _refuse_overflow(self, step: Step, out: Tensor) -> None:
-        # inputs were checked as they came in: a method or the cast made this
-        if step.method != COPY and not math.isfinite(torch.linalg.vector_norm(out, dtype=compute_dtype(step)).item()):
-            bad = int((~torch.isfinite(out)).sum())
-            if bad:
-                raise MergeError(
-                    f"{quoted(step.name)} merged by {quoted(step.method)} leaves the range of {step.dtype} "
-                    f"in {bad} elements",
-                    hint="Choose a wider `out_dtype`, such as float32, or another method.",
-                )
+    def _refuse_overflow(self, step: Step, out: Tensor, base: Tensor) -> None:
+        # merged inputs were checked as they came in, and a copy keeps its infinities: a method or the cast made this
+        if math.isfinite(torch.linalg.vector_norm(out, dtype=compute_dtype(step)).item()):
+            return
+        made = ~torch.isfinite(out)
+        if step.method == COPY:
+            made &= torch.isfinite(base)
+        bad = int(made.sum())
+        if bad:
+            by = "" if step.method == COPY else f" merged by {quoted(step.method)}"
+            raise MergeError(
+                f"{quoted(step.name)}{by} leaves the range of {step.dtype} in {bad} elements",
+                hint="Choose a wider `out_dtype`, such as float32, or another method.",
+            )
 
     def _free_output(self) -> Tensor:
         started = time.perf_counter()
@@ -257,6 +264,12 @@ class _Tally:
         outcome.norm_ratio = norm / mean if mean else None
         outcome.rounding_loss = math.sqrt(self._lost_squared) / norm if norm else 0.0
         outcome.changed = self._changed / elements
+
+
+def _threads_for(step: Step) -> int:
+    # matrix products hide reading and writing; blocks of elements compete with them for the cores, and
+    # a parallel loop whose threads must wait for a core is many times slower than a serial one
+    return thread_limit() if step.by_matrix else max(thread_limit() - 2, 1)
 
 
 def thread_limit() -> int:

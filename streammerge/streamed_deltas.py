@@ -34,16 +34,22 @@ class Sources:
         entries = (*((step.base,) if step.base else ()), *step.experts)
         self.origin: tuple[int, TensorEntry] = (step.models[0], entries[0])
         self.moving: tuple[tuple[int, TensorEntry], ...] = tuple(zip(step.models[1:], entries[1:], strict=True))
-        self.first_moving = 0 if step.base else 1
+        # an element-wise block is held whole, so a method's passes cost no reading
+        self.passes = step.passes if step.by_matrix else 1
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all requests: the origin once, the rest once a pass."""
+        return self.origin[1].nbytes + self.passes * sum(entry.nbytes for _, entry in self.moving)
 
     def requests(self, block_elements: int) -> Iterator[Request]:
         """Every run the step is planned to read, in the order it will take them."""
         step = self.step
         if step.by_matrix:
             yield from cut(*self.origin, block_elements, last=True)
-            for number in range(step.passes):
+            for number in range(self.passes):
                 for source in self.moving:
-                    yield from cut(*source, block_elements, last=number == step.passes - 1)
+                    yield from cut(*source, block_elements, last=number == self.passes - 1)
         else:
             runs = [cut(*source, block_elements, last=True) for source in (self.origin, *self.moving)]
             for together in zip(*runs, strict=True):
@@ -55,21 +61,20 @@ class StepReader:
 
     def __init__(self, ahead: ReadAhead, sources: Sources, block_elements: int) -> None:
         self._ahead = ahead
-        self._sources = sources
         self._planned = list(sources.requests(block_elements))
+        self._pass_length = len(sources.moving) * -(-sources.step.elements // block_elements)
         self._taken = 0
 
-    def planned(self, position: int) -> Request:
-        """The request at a position of the plan."""
-        return self._planned[position]
-
     def take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
-        """The run at a planned position, 1-D in its stored dtype, and what gives its slot back."""
-        request = self._planned[position % len(self._planned)]
+        """The run at a position of the plan, 1-D in its stored dtype, and what gives its slot back.
+
+        Positions beyond the plan go on as if there were more passes.
+        """
+        request = self._request(position)
         while self._taken < min(position, len(self._planned)):
             self._skip()
-        if self._taken != position:
-            return self._typed(request, self._ahead.read_now(request)), lambda: None
+        if self._taken != position or position >= len(self._planned):
+            return self._typed(request, self._ahead.read_now(request)), lambda: self._ahead.release(request)
         slot = self._ahead.take()
         assert slot.request == request, f"read-ahead gave {slot.request}, the step wants {request}"
         self._taken += 1
@@ -79,6 +84,11 @@ class StepReader:
         """Give back every planned run that was not asked for."""
         while self._taken < len(self._planned):
             self._skip()
+
+    def _request(self, position: int) -> Request:
+        beyond = position - len(self._planned)
+        # what the last planned pass read, counted from its end
+        return self._planned[position if beyond < 0 else beyond % self._pass_length - self._pass_length]
 
     def _skip(self) -> None:
         slot: Slot = self._ahead.take()

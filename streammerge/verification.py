@@ -12,6 +12,7 @@ from streammerge.checkpoint import ByteFile, Storage, TensorEntry, load_checkpoi
 from streammerge.errors import OutputError, quoted
 from streammerge.folder import REPORT_NAME
 from streammerge.report import parse_report
+from streammerge.step import COPY
 from streammerge.streamed_deltas import TORCH_DTYPES
 
 _BLOCK_BYTES = 8 << 20
@@ -38,6 +39,8 @@ def verify(location: str, storage: Storage) -> Verification:
     text = storage.read(location, REPORT_NAME, 0, model.files[REPORT_NAME].size)
     report = parse_report(text.decode("utf-8", "replace"), label)
     expected = {tensor["name"]: tensor["sha256"] for tensor in report["tensors"]}
+    # a copy keeps the infinities that its model had, such as a stored mask's
+    copied = {tensor["name"] for tensor in report["tensors"] if tensor.get("method") == COPY}
     problems = [f"{quoted(n)} is in the report but not in the files" for n in expected.keys() - model.tensors.keys()]
     problems += [f"{quoted(n)} is in the files but not in the report" for n in model.tensors.keys() - expected.keys()]
     files: dict[str, ByteFile] = {}
@@ -45,14 +48,14 @@ def verify(location: str, storage: Storage) -> Verification:
         for name, entry in model.tensors.items():
             if entry.file not in files:
                 files[entry.file] = storage.open(location, entry.file)
-            problems += _check(files[entry.file], entry, expected.get(name))
+            problems += _check(files[entry.file], entry, expected.get(name), must_be_finite=name not in copied)
     finally:
         for file in files.values():
             file.close()
     return Verification(tensors=len(model.tensors), read_bytes=model.tensor_bytes, problems=tuple(sorted(problems)))
 
 
-def _check(file: ByteFile, entry: TensorEntry, expected: str | None) -> Iterator[str]:
+def _check(file: ByteFile, entry: TensorEntry, expected: str | None, *, must_be_finite: bool) -> Iterator[str]:
     digest = hashlib.sha256()
     buffer = bytearray(min(_BLOCK_BYTES, entry.nbytes))
     non_finite = 0
@@ -60,7 +63,7 @@ def _check(file: ByteFile, entry: TensorEntry, expected: str | None) -> Iterator
         count = min(_BLOCK_BYTES, entry.nbytes - done)
         data = file.fetch(entry.offset + done, count, memoryview(buffer))
         digest.update(data)
-        if entry.is_float:
+        if entry.is_float and must_be_finite:
             values = torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype])
             non_finite += int(values.numel() - torch.isfinite(values).sum())
         file.release(entry.offset + done, count)

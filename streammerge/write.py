@@ -17,19 +17,20 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from streammerge.errors import OutputError, quoted
-from streammerge.layout import Layout
+from streammerge.layout import INDEX_NAME, Layout
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
 from streammerge.stream import Block, Outcome
 
 FORMAT = 1
 JOURNAL = "journal.jsonl"
+CONFIG = "config.json"
 # how much may be lost to a crash: tensors are made durable in groups of about this many bytes
 GROUP_BYTES = 256 << 20
 _CHECK_BYTES = 8 << 20
@@ -55,6 +56,7 @@ class Writer:
         self.busy_seconds = 0.0
         self.written_bytes = 0
         self._layout = layout
+        self._files: list[OutputFile] = []
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         identity = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
@@ -63,9 +65,12 @@ class Writer:
             resuming = self._open_partial(resume)
             self._journal = _Journal(self.partial / JOURNAL)
             try:
-                self._files = self._resume(identity) if resuming else self._begin(identity)
+                if resuming:
+                    self._resume(identity)
+                else:
+                    self._begin(identity)
             except BaseException:
-                self._journal.close()
+                self._close()
                 if not resuming:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 raise
@@ -86,20 +91,21 @@ class Writer:
     def publish(self, side_files: Mapping[str, bytes]) -> None:
         """Complete the folder with the files beside the weights and give it its name.
 
-        Raises OutputError when a tensor is missing: nothing incomplete is ever published.
+        Nothing incomplete is ever published: with a tensor missing this is an AssertionError.
         """
         missing = self._layout.placements.keys() - self.checksums.keys()
         assert not missing, f"{len(missing)} tensors were never written, such as {sorted(missing)[0]}"
+        index = self._layout.index_json()
+        small = dict(side_files) | ({} if index is None else {INDEX_NAME: index.encode()})
+        # everything that a full disk could stop comes before the first rename, and what makes it a model comes last
+        names = sorted([*small, *(shard.file for shard in self._layout.shards)], key=lambda name: name == CONFIG)
         with _os_errors(self.partial):
             for file in self._files:
                 file.close()
-            for name, data in side_files.items():
-                write_durably(self.partial / name, data)
-            for shard in self._layout.shards:
-                os.rename(self.partial / _staged(shard.file), self.partial / shard.file)
-            index = self._layout.index_json()
-            if index is not None:
-                write_durably(self.partial / "model.safetensors.index.json", index.encode())
+            for name, data in small.items():
+                write_durably(self.partial / _staged(name), data)
+            for name in names:
+                os.rename(self.partial / _staged(name), self.partial / name)
             sync_folder(self.partial)
             os.rename(self.partial, self.out)
             sync_folder(self.out.parent)
@@ -113,22 +119,31 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        with suppress(OutputError):
-            self.flush()
+        try:
+            with suppress(OutputError) if error else nullcontext():
+                self.flush()
+        finally:
+            self._close()
+            if not self.checksums:
+                # nothing to resume: leave no trace
+                shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _close(self) -> None:
         for file in self._files:
             with suppress(OSError):
                 file.close()
         self._journal.close()
-        if not self.checksums:
-            # nothing to resume: leave no trace
-            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _open_partial(self, resume: bool) -> bool:
         """Whether there is an interrupted merge to continue; if there is none its folder is made."""
+        if resume and self.partial.is_dir() and not os.listdir(self.partial):
+            # stopped before it began
+            return False
         if os.path.lexists(self.partial):
             if not resume:
+                if (self.partial / JOURNAL).is_file():
+                    # refuses when it is locked
+                    _Journal(self.partial / JOURNAL).close()
                 raise OutputError(
                     f"{quoted(self.partial)} holds an interrupted merge",
                     hint="Pass `--resume` to continue it, or delete that folder.",
@@ -142,49 +157,57 @@ class Writer:
         self.partial.mkdir(parents=True)
         return False
 
-    def _begin(self, identity: Mapping[str, Any]) -> list[OutputFile]:
-        files = []
-        for shard in self._layout.shards:
-            file = OutputFile(self.partial / _staged(shard.file), shard.nbytes, create=True)
-            files.append(file)
-            file.write(0, memoryview(shard.header))
-            file.sync()
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        self._open_shards(create=True)
         self._journal.append([identity])
         sync_folder(self.partial)
         sync_folder(self.partial.parent)
-        return files
 
-    def _resume(self, identity: Mapping[str, Any]) -> list[OutputFile]:
+    def _open_shards(self, *, create: bool) -> None:
+        for shard in self._layout.shards:
+            file = OutputFile(self.partial / _staged(shard.file), shard.nbytes, create=create)
+            self._files.append(file)
+            file.write(0, memoryview(shard.header))
+            file.sync()
+
+    def _resume(self, identity: Mapping[str, Any]) -> None:
         lines = self._journal.read()
         if not lines:
-            raise OutputError(f"{quoted(self.partial)} was interrupted before it began", hint="Delete that folder.")
+            # stopped while the files were laid out: nothing in them is worth keeping
+            for staged in self.partial.glob(_staged("*")):
+                staged.unlink()
+            self._begin(identity)
+            return
         changes = _changes(lines[0], identity)
         if changes:
             raise OutputError(
                 f"{quoted(self.partial)} was begun with other inputs:\n  " + "\n  ".join(changes[:20]),
                 hint="Restore them to resume, or delete that folder and merge again.",
             )
-        files = []
+        # stopped while it was published: first take back what makes it a model
+        (self.partial / CONFIG).unlink(missing_ok=True)
         for shard in self._layout.shards:
             staged = self.partial / _staged(shard.file)
-            if not staged.exists() and (self.partial / shard.file).exists():
-                os.rename(self.partial / shard.file, staged)
-            files.append(OutputFile(staged, shard.nbytes, create=False))
+            if staged.exists():
+                continue
+            if not (self.partial / shard.file).exists():
+                raise OutputError(f"{quoted(staged)} is gone", hint="Delete that folder and merge again.")
+            os.rename(self.partial / shard.file, staged)
+        self._open_shards(create=False)
         for line in lines[1:]:
             name = line["name"]
-            if self._hash(files, name) == line["sha256"]:
+            if self._hash(name) == line["sha256"]:
                 self.checksums[name] = line["sha256"]
                 self.outcomes[name] = Outcome(**line["outcome"])
-        return files
 
-    def _hash(self, files: list[OutputFile], name: str) -> str:
+    def _hash(self, name: str) -> str:
         place = self._layout.placements[name]
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(min(_CHECK_BYTES, place.nbytes)))
         done = 0
         while done < place.nbytes:
             part = buffer[: place.nbytes - done]
-            count = files[place.shard].read(place.offset + done, part)
+            count = self._files[place.shard].read(place.offset + done, part)
             if count == 0:
                 break
             digest.update(part[:count])
@@ -225,13 +248,15 @@ class Writer:
         """Make the group's bytes durable, then cite them in the journal."""
         if not group:
             return
-        for number in sorted({self._layout.placements[outcome.name].shard for outcome, _ in group}):
+        # taken out first: a sync that succeeds after one that failed says nothing about what was lost
+        finished = list(group)
+        group.clear()
+        for number in sorted({self._layout.placements[outcome.name].shard for outcome, _ in finished}):
             self._files[number].sync()
-        self._journal.append([{"name": o.name, "sha256": checksum, "outcome": asdict(o)} for o, checksum in group])
-        for outcome, checksum in group:
+        self._journal.append([{"name": o.name, "sha256": checksum, "outcome": asdict(o)} for o, checksum in finished])
+        for outcome, checksum in finished:
             self.checksums[outcome.name] = checksum
             self.outcomes[outcome.name] = outcome
-        group.clear()
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, OSError):
@@ -260,12 +285,20 @@ class _Journal:
         os.fsync(self._file.fileno())
 
     def read(self) -> list[Any]:
-        """All whole lines; a torn last one is cut off."""
+        """All lines up to the first that a crash tore, which is cut off with what follows it."""
         self._file.seek(0)
-        whole, _, torn = self._file.read().rpartition(b"\n")
-        if torn:
-            self._file.truncate(len(whole) + (1 if whole else 0))
-        return [json.loads(line) for line in whole.splitlines()]
+        found, end = [], 0
+        for line in self._file.read().splitlines(keepends=True):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                found.pop()
+                break
+            end += len(line)
+        self._file.truncate(end)
+        return found
 
     def close(self) -> None:
         self._file.close()
@@ -294,15 +327,19 @@ def _output_error(error: OSError, path: Path) -> OutputError:
         errno.EACCES: "Choose a folder that you may write to.",
         errno.EPERM: "Choose a folder that you may write to.",
         errno.EROFS: "The file system is read-only. Choose another folder.",
+        errno.ENOTDIR: "A part of the path is a file. Choose another folder.",
+        errno.ENAMETOOLONG: "Choose a shorter name for the output folder.",
     }
     reason = (error.strerror or str(error)).lower()
     return OutputError(f"{quoted(path)} cannot be written: {reason}", hint=hints.get(error.errno or 0))
 
 
 def _refuse_occupied(out: Path) -> None:
+    if out.is_symlink():
+        raise OutputError(f"{quoted(out)} is a link", hint="Choose another name for the output folder.")
     if os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"{quoted(out)} is a file", hint="Choose another name for the output folder.")
-    if out.is_dir() and (out.is_symlink() or any(out.iterdir())):
+    if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{quoted(out)} is not empty", hint="Choose another folder, or delete this one first.")
 
 

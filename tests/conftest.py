@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# before torch is loaded: threads that spin while they wait make tests beside other work many times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.models import llama_tensors, save_model, tuned
 

@@ -29,6 +29,7 @@ LAYERS = (
     "step",
     "layout",
     "recipe",
+    "settings",
     "located_yaml",
     "methods",
     "storage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -26,26 +27,32 @@ def fast_matmul() -> Iterator[bool]:
     if not is_accurate():
         yield False
         return
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = _FAST
+    settings = _settings()
+    before = settings.fp32_precision
+    settings.fp32_precision = _FAST
     try:
         yield True
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        settings.fp32_precision = before
 
 
 @lru_cache(maxsize=1)
 def is_accurate() -> bool:
     """Whether the setting exists here and leaves float32 products accurate."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):
+    settings = _settings()
+    if not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):  # type: ignore[no-untyped-call]
         return False
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = _FAST
+    before = settings.fp32_precision
+    settings.fp32_precision = _FAST
     try:
         return all(product_error(*shape) < _ACCURATE for shape in _SHAPES)
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        settings.fp32_precision = before
+
+
+def _settings() -> Any:
+    # torch before 2.9 has no such switch, and torch's stubs know none
+    return getattr(torch.backends.mkldnn, "matmul", None)
 
 
 def product_error(rows: int, inner: int, columns: int) -> float:

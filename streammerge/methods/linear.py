@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
+from streammerge.solve.shares import normalized
 
 
 @merge_method(paper="arXiv:2203.05482", needs_base=False, streams_by="element")
@@ -17,13 +20,15 @@ def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -
 
     W = Σ w_t W_t / Σ w_t, the "uniform soup" of the paper for equal weights. Computed as a change
     from W_0 (the first expert where there is no base), so that small differences keep their digits.
-    Returns the merged delta, [*shape].
+    Returns the merged delta, [*shape]. Raises MergeError where weights to be normalized sum to zero.
     """
     weights = deltas.per_expert(weight)
-    total = sum(weights)
+    if normalize:
+        weights = normalized(weights, deltas.name)
     merged = deltas.zeros(*deltas.shape)
     for share, delta in zip(weights, deltas, strict=True):
-        merged.add_(delta.dense(), alpha=share / total if normalize else share)
-    if not normalize and total != 1.0:
-        merged.add_(deltas.base(), alpha=total - 1.0)
+        merged.add_(delta.dense(), alpha=share)
+    surplus = math.fsum(weights) - 1.0
+    if not normalize and surplus != 0.0:
+        merged.add_(deltas.base(), alpha=surplus)
     return merged

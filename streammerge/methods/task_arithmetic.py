@@ -6,6 +6,7 @@ from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
+from streammerge.solve.shares import normalized
 
 
 @merge_method(paper="arXiv:2212.04089", needs_base=True, streams_by="element")
@@ -19,11 +20,12 @@ def task_arithmetic(
     lambda     factor of the merged change
 
     Δ = λ Σ w_t Δ_t. The paper tunes one λ on held-out data for equal weights; nothing is tuned here.
-    Returns the merged delta, [*shape].
+    Returns the merged delta, [*shape]. Raises MergeError where weights to be normalized sum to zero.
     """
     weights = deltas.per_expert(weight)
-    factor = lambda_ / sum(weights) if normalize else lambda_
+    if normalize:
+        weights = normalized(weights, deltas.name)
     merged = deltas.zeros(*deltas.shape)
     for share, delta in zip(weights, deltas, strict=True):
-        merged.add_(delta.dense(), alpha=share * factor)
+        merged.add_(delta.dense(), alpha=share * lambda_)
     return merged

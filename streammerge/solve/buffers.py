@@ -21,9 +21,10 @@ class Buffers:
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """An uninitialised contiguous [*shape] of `dtype`, no wider than `widest`."""
+        """An uninitialised contiguous [*shape] of `dtype`."""
         elements = math.prod(shape)
         flat = self._flat.get(name)
-        if flat is None or len(flat) < elements:
-            flat = self._flat[name] = self._deltas.empty(elements, dtype=self._widest)
+        if flat is None or flat.nbytes < elements * dtype.itemsize:
+            widest = max(dtype, self._widest, key=lambda d: d.itemsize)
+            flat = self._flat[name] = self._deltas.empty(elements, dtype=widest)
         return flat.view(dtype)[:elements].view(shape)

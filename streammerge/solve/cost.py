@@ -64,10 +64,12 @@ def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[s
         elements = max(elements, _primal_elements(rows, columns))
     widest = 8 if may_escalate(solver, ridge, columns, itemsize) else itemsize
     largest = columns if not one_pass else experts * rows
-    lapack = 0 if solver == "ridge" else (2 * largest**2 + 6 * largest + 1) * widest
+    # the spectrum is taken in float64: its work, and for pinv the other half of the buffer it lies in
+    lapack = 0 if solver == "ridge" else (2 * largest**2 + 6 * largest + 1) * 8
+    lapack += largest**2 * (8 - itemsize) if solver == "pinv" else 0
     panels = (2 * max(rows, columns, largest) + BLOCK_ROWS) * (PANEL + BLOCK_ROWS)
     return Cost(
-        workspace_bytes=(elements + panels) * widest + lapack + _SMALL_BYTES,
+        workspace_bytes=(elements + panels) * widest + 8 * NORM_PANEL + lapack + _SMALL_BYTES,
         flops=_flops(rows, columns, experts, solver),
         passes=1 if one_pass else 2,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Delta, Deltas
-from streammerge.errors import MergeError
+from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, NORM_PANEL
 
@@ -104,13 +104,13 @@ def _non_finite(deltas: Deltas, delta: Delta, change: Tensor) -> MergeError:
     bad = (~torch.isfinite(change)).view(-1).nonzero()
     if len(bad) == 0:
         return MergeError(
-            f"`{deltas.name}`: the change made by expert {delta.index} is too large to square",
+            f"{quoted(deltas.name)}: the change made by expert {delta.index} is too large to square",
             hint="Look at this expert's weights: its training diverged, or it belongs to another base.",
         )
     first = int(bad[0])
     kind = "NaN" if math.isnan(change.view(-1)[first].item()) else "an infinity"
     whose = "the base" if not math.isfinite(deltas.base().reshape(-1)[first].item()) else f"expert {delta.index}"
     return MergeError(
-        f"`{deltas.name}`: {whose} holds {kind} at element {first} (seen in expert {delta.index})",
+        f"{quoted(deltas.name)}: {whose} holds {kind} at element {first} (seen in expert {delta.index})",
         hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
     )

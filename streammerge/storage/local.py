@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from streammerge.checkpoint import ByteFile, FileFacts
@@ -13,6 +16,8 @@ from streammerge.errors import CheckpointError, quoted
 # one system call moves at most 0x7ffff000 bytes on Linux
 _CALL_LIMIT_BYTES = 1 << 30
 _PAGE = mmap.PAGESIZE
+_BLOCK_BYTES = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LocalStorage:
@@ -39,13 +44,14 @@ class LocalStorage:
                 f"{quoted(location)} is a file, not a folder",
                 hint="Name the folder that holds the model's files.",
             ) from error
-        except OSError as error:
-            raise CheckpointError(f"{quoted(location)} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(location, error) from error
         return {name: FileFacts(s.st_size, s.st_mtime_ns) for name, s in sorted(facts.items())}
 
     def read(self, location: str, name: str, offset: int, nbytes: int) -> bytes:
         """A small range of a file."""
-        with self._path(location, name).open("rb") as file:
+        path = self._path(location, name)
+        with _os_errors(path), path.open("rb") as file:
             file.seek(offset)
             return file.read(nbytes)
 
@@ -63,46 +69,28 @@ class PositionedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            os.close(self._descriptor)
-            raise CheckpointError(f"{quoted(path)} is not a plain file")
-        self._found_cached: dict[int, bool] = {}
-        self._probe = bytearray(1)
+        self._descriptor = _open(path)
+        self._page_cache = _PageCache(self._descriptor)
 
     def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
         """Read the range into `buffer`. Raises CheckpointError when the file ends early."""
-        if nbytes and offset not in self._found_cached:
-            # only the first read can tell: a second pass finds what the first brought in
-            self._found_cached[offset] = self._is_cached(offset + nbytes - 1)
         done = 0
-        while done < nbytes:
-            step = min(nbytes - done, _CALL_LIMIT_BYTES)
-            count = os.preadv(self._descriptor, [buffer[done : done + step]], offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{quoted(self._path)} ends at byte {offset + done}, inside a tensor",
-                    hint="The file was cut short during the merge. Fetch it again.",
-                )
-            done += count
+        with _os_errors(self._path):
+            while done < nbytes:
+                step = min(nbytes - done, _CALL_LIMIT_BYTES)
+                count = os.preadv(self._descriptor, [buffer[done : done + step]], offset + done)
+                if count == 0:
+                    raise _cut_short(self._path, self._descriptor)
+                done += count
         return buffer[:nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the range from the page cache, unless it was there before this merge read it."""
-        if nbytes and not self._found_cached.get(offset, False):
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        self._page_cache.drop(offset, nbytes)
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
-
-    def _is_cached(self, position: int) -> bool:
-        # the last byte of a range lies beyond the kernel's own read-ahead of the range before it
-        try:
-            return os.preadv(self._descriptor, [self._probe], position, os.RWF_NOWAIT) == 1
-        except OSError:
-            # would have to wait (not cached), or this file system cannot tell
-            return False
 
 
 class MappedFile:
@@ -110,33 +98,115 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb") as file:
-            self._size = os.fstat(file.fileno()).st_size
+        self._descriptor = _open(path)
+        self._page_cache = _PageCache(self._descriptor)
+        try:
             # a private writable mapping: torch wraps it without a warning, nothing writes to it
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            # a file system without mapping, or an empty file
+            os.close(self._descriptor)
+            raise _unreadable(path, error) from error
 
     def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
         """A view of the mapped range; `buffer` stays unused. Pages are asked for ahead of their use."""
-        if offset + nbytes > self._size:
-            raise CheckpointError(f"{quoted(self._path)} ends at byte {self._size}, inside a tensor")
+        if not nbytes:
+            return buffer[:0]
+        # touching a page beyond the file's end would kill the process
+        if offset + nbytes > min(len(self._map), os.fstat(self._descriptor).st_size):
+            raise _cut_short(self._path, self._descriptor)
         start, length = _page_range(offset, nbytes)
         self._map.madvise(mmap.MADV_WILLNEED, start, length)
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Give the range's pages back."""
-        start, length = _page_range(offset, nbytes)
-        if length:
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+        """Give the range's pages back, and the page cache that was not there before."""
+        if nbytes:
+            self._map.madvise(mmap.MADV_DONTNEED, *_page_range(offset, nbytes))
+            self._page_cache.drop(offset, nbytes)
 
     def close(self) -> None:
         """Unmap, unless views are still out; then the last of them does."""
+        os.close(self._descriptor)
         try:
             self._map.close()
         except BufferError:
             del self._map
 
 
+class _PageCache:
+    """Leaves a file's page cache as it was when the file was opened, to the MiB."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        # at once: later the kernel's own read-ahead, 8 MiB on some disks, makes every next range look cached
+        self._found_cached = _cached_blocks(descriptor)
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Give back what reading the range brought in."""
+        block = (offset + nbytes // 2) // _BLOCK_BYTES
+        if nbytes and not any(self._found_cached[block : block + 1]):
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _cached_blocks(descriptor: int) -> list[bool]:
+    """Which blocks of a file the page cache holds, by the last page of each.
+
+    None of them, where the kernel does not tell: it does of files that one owns or may write.
+    """
+    facts = os.fstat(descriptor)
+    if os.geteuid() not in (0, facts.st_uid) and not os.access(f"/proc/self/fd/{descriptor}", os.W_OK):
+        return []
+    try:
+        whole = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):
+        # nothing in it, or a file system without mapping
+        return []
+    with whole:
+        first_byte = ctypes.c_char.from_buffer(whole)
+        start = ctypes.addressof(first_byte)
+        del first_byte
+        found = ctypes.c_ubyte()
+
+        def is_cached(position: int) -> bool:
+            page = ctypes.c_void_p(start + position // _PAGE * _PAGE)
+            return _libc.mincore(page, ctypes.c_size_t(1), ctypes.byref(found)) == 0 and found.value & 1 == 1
+
+        ends = (min(block + _BLOCK_BYTES, len(whole)) for block in range(0, len(whole), _BLOCK_BYTES))
+        return [is_cached(end - 1) for end in ends]
+
+
+def _open(path: Path) -> int:
+    with _os_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{quoted(path)} is not a plain file")
+    return descriptor
+
+
 def _page_range(offset: int, nbytes: int) -> tuple[int, int]:
     start = offset // _PAGE * _PAGE
     return start, offset + nbytes - start
+
+
+def _cut_short(path: Path, descriptor: int) -> CheckpointError:
+    return CheckpointError(
+        f"{quoted(path)} ends at byte {os.fstat(descriptor).st_size}, inside a tensor",
+        hint="The file was cut short during the merge. Fetch it again.",
+    )
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError | ValueError) -> CheckpointError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return CheckpointError(
+        f"{quoted(path)} cannot be read: {reason.lower()}", hint="Check that it is there and that you may read it."
+    )

@@ -18,8 +18,12 @@ class OutputFile:
     def __init__(self, path: Path, nbytes: int, *, create: bool) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
         self._descriptor = os.open(path, flags, 0o644)
-        if create:
-            self._allocate(nbytes)
+        try:
+            if create:
+                self._allocate(nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write at an offset and let the kernel begin storing it at once."""
@@ -52,10 +56,11 @@ class OutputFile:
         try:
             os.posix_fallocate(self._descriptor, 0, nbytes)
         except OSError as error:
-            os.ftruncate(self._descriptor, nbytes if error.errno in _NOT_SUPPORTED else 0)
             if error.errno not in _NOT_SUPPORTED:
-                os.close(self._descriptor)
+                # what was allocated before the disk was full
+                os.ftruncate(self._descriptor, 0)
                 raise
+            os.ftruncate(self._descriptor, nbytes)
 
 
 def sync_folder(path: Path) -> None:

@@ -1,0 +1,40 @@
+"""ACTMat: weigh the experts' changes by input covariances read off the changes. https://arxiv.org/abs/2604.01329"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from streammerge.delta import Deltas
+from streammerge.methods import merge_method
+from streammerge.solve.normal_equations import solve_normal_equations
+
+
+@merge_method(
+    paper="arXiv:2604.01329",
+    needs_base=True,
+    streams_by="matrix",
+    cost="streammerge.solve.cost:normal_equations",
+)
+def actmat(deltas: Deltas, *, ridge: float = 0.1, solver: Literal["ridge", "pinv", "exact"] = "ridge") -> Tensor:
+    """Merge each matrix so that it acts as every expert does on that expert's inputs.
+
+    ridge   strength of the pull towards the experts' mean, relative to the covariances' mean
+            eigenvalue; only for solver ridge, more than 0
+    solver  ridge: regularised; pinv: what the paper's code computes; exact: no regularisation
+
+    Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in five ways changed:
+    it is applied to the changes, Δ = Σ D_t C_t (Σ C_t)⁺, and W_0 + Δ written, as the paper's code does:
+    directions that no expert changed keep the base's weights, where the least-norm W would zero them;
+    ridge, the default, adds λ = ridge·tr(A)/in to A = Σ C_t and λ·mean(D_t) to Σ D_t C_t, where the
+    code cuts A's eigenvalues at in·2⁻²³ of the largest: one Cholesky factor, no threshold, and one
+    expert, or several equal ones, come back exactly;
+    experts that did not change a matrix do not count in its mean;
+    deltas are scaled by a power of two while they are squared;
+    where T·out ≤ in the same solution comes from the smaller system S Sᵀ, S = [D_1; …; D_T].
+
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
+    infinity, or ridge ≤ 0.
+    """
+    return solve_normal_equations(deltas, solver=solver, ridge=ridge)

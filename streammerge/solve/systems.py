@@ -1,0 +1,135 @@
+"""The linear system of the covariance methods, X H = Y, in its two forms.
+
+m rows (out), n columns (in), T experts with a change, S = [D_1; …; D_T] their deltas stacked, Θ the anchor:
+primal  H = A = Σ D_tᵀD_t  [n, n],  Y = Σ (D_t - Θ) D_tᵀD_t  [m, n],   Δ = Θ + X
+dual    H = S Sᵀ  [T·m, T·m],  Y_t = (D_t - Θ) D_tᵀ  [m, T·m],         Δ = Θ + X S
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streammerge.delta import Deltas
+from streammerge.solve.buffers import Buffers
+from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
+from streammerge.solve.survey import Survey
+from streammerge_kernels.gram import add_gram_, mirror_
+
+
+class Solver(Protocol):
+    """Replaces rows [r, k] by rows · H⁻¹, in place, or by what it takes for the inverse."""
+
+    def solve_(self, right: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class System:
+    """X H = Y and what turns X into the merged delta.
+
+    anchor   [m, n]  Θ: the mean of the deltas, or zero
+    gram     [k, k]  H, both triangles
+    right    [m, k]  Y; a solver leaves X here
+    spare    [k, k]  memory for a factor; H's own where H is not needed after it was factored
+    stack    [k, n]  S of the dual form, else None
+    buffers  where more memory comes from
+
+    All are in one dtype and multiplied by the survey's scale.
+    """
+
+    anchor: Tensor
+    gram: Tensor
+    right: Tensor
+    spare: Tensor
+    stack: Tensor | None
+    buffers: Buffers
+
+    def sample(self) -> Tensor:
+        """Indices of at most 32 rows, evenly spread."""
+        rows = len(self.right)
+        count = min(32, rows)
+        return torch.arange(count) * rows // count
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [r, k] · H, without H in the dual form: it may have been factored in place."""
+        return x @ self.gram if self.stack is None else (x @ self.stack) @ self.stack.mT
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x [r, k] in terms of the matrix's own columns: [r, n]."""
+        return x if self.stack is None else x @ self.stack
+
+    def certificate(self, right: Tensor, solver: Solver, ridge_lambda: float) -> float:
+        """Relative size of one refinement step on the sampled rows: it estimates the error of X.
+
+        right  [r, k]  the sampled rows of Y, as they were before X replaced it
+        """
+        rows = self.sample()
+        x = self.right[rows]
+        residual = right - self.product(x) - ridge_lambda * x
+        size = (self.anchor[rows] + self.spread(x)).norm().item()
+        step = self.spread(solver.solve_(residual)).norm().item()
+        return 0.0 if step == 0.0 else step / size if size > 0.0 else float("inf")
+
+    def merged(self) -> Tensor:
+        """Δ [m, n], in the anchor's memory; X must lie in `right`."""
+        if self.stack is None:
+            return self.anchor.add_(self.right)
+        return self.anchor.addmm_(self.right, self.stack)
+
+
+def primal(deltas: Deltas, seen: Survey, anchor: Tensor, buffers: Buffers, *, left: bool | None = None) -> System:
+    """Read the experts again and add up A and Y, by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says."""
+    (rows, columns), dtype = anchor.shape, anchor.dtype
+    left = by_left_gram(rows, columns) if left is None else left
+    change = buffers.take("delta", dtype, rows, columns)
+    right = buffers.take("right", dtype, rows, columns).zero_()
+    gram = buffers.take("gram", dtype, columns, columns).zero_()
+    spare = buffers.take("spare", dtype, columns, columns)
+    for delta in deltas:
+        if delta.index not in seen.used:
+            continue
+        delta.dense(out=change).mul_(seen.scale)
+        if left:
+            add_gram_(gram, change)
+            _add_by_left_gram(right, change, anchor, buffers)
+        else:
+            gram.add_(mirror_(add_gram_(spare.zero_(), change)))
+            right.addmm_(change.sub_(anchor), spare)
+    if left:
+        mirror_(gram)
+    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
+
+
+def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, buffers: Buffers) -> None:
+    rows, columns = change.shape
+    height = min(BLOCK_ROWS, rows)
+    block = buffers.take("block", change.dtype, height, columns)
+    products = buffers.take("products", change.dtype, height, rows)
+    for row in range(0, rows, BLOCK_ROWS):
+        part = slice(row, min(row + BLOCK_ROWS, rows))
+        off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
+        across = torch.mm(off_anchor, change.mT, out=products[: part.stop - row])
+        right[part].addmm_(across, change)
+
+
+def dual(stack: Tensor, anchor: Tensor, buffers: Buffers, *, keep_gram: bool) -> System:
+    """Form K = S Sᵀ and Y from the stacked, scaled deltas; `keep_gram` gives the factor memory of its own.
+
+    stack  [T·m, n]  anchor [m, n]
+    """
+    (rows, columns), dtype, size = anchor.shape, anchor.dtype, len(stack)
+    gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
+    spare = buffers.take("spare", dtype, size, size) if keep_gram else gram
+    right = buffers.take("right", dtype, rows, size)
+    block = buffers.take("block", dtype, min(BLOCK_ROWS, rows), columns)
+    for first in range(0, size, rows):
+        change = stack[first : first + rows]
+        for row in range(0, rows, BLOCK_ROWS):
+            part = slice(row, min(row + BLOCK_ROWS, rows))
+            off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
+            # exactly zero where every delta is the anchor, which K's blocks less another product would not be
+            torch.mm(off_anchor, change.mT, out=right[part, first : first + rows])
+    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)

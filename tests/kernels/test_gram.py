@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from streammerge_kernels.gram import add_gram_, mirror_
+
+SIZES = [(1, 1), (3, 5), (7, 128), (64, 129), (100, 513), (40, 1300)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_a_gram_adds_to_what_is_there_as_accurately_as_a_full_product(rows, columns, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns, dtype=dtype)
+    start = torch.randn(columns, columns, dtype=dtype)
+    start = start + start.mT
+    exact = start.double() + x.double().mT @ x.double()
+    full = ((start + x.mT @ x).double() - exact).norm()
+    ours = (mirror_(add_gram_(start.clone(), x)).double() - exact).norm()
+    assert ours <= 2 * full + 1e-15 * exact.norm()
+
+
+def test_a_gram_of_a_transposed_view_or_of_a_slice_is_that_of_its_copy():
+    torch.manual_seed(0)
+    wide = torch.randn(150, 700)
+    for view in (wide.mT, wide[:, 3:640], wide[5:80]):
+        out = mirror_(add_gram_(torch.zeros(view.shape[1], view.shape[1]), view))
+        expected = view.double().mT @ view.double()
+        assert (out.double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_mirrored_gram_is_symmetric_to_the_bit():
+    torch.manual_seed(0)
+    gram = mirror_(add_gram_(torch.zeros(777, 777), torch.randn(33, 777)))
+    assert torch.equal(gram, gram.mT)
+
+
+def test_mirroring_reads_nothing_above_the_diagonal():
+    matrix = torch.randn(300, 300)
+    poisoned = matrix.tril() + torch.full((300, 300), torch.nan).triu(1)
+    assert torch.equal(mirror_(poisoned), matrix.tril() + matrix.tril(-1).mT)

@@ -1,0 +1,67 @@
+"""The workspace: one piece of memory, handed out again for every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streammerge.workspace import Workspace
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 9), max_size=3).map(tuple),
+            st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.uint8]),
+        ),
+        max_size=8,
+    )
+)
+def test_what_is_taken_is_aligned_and_never_overlaps(wanted):
+    workspace = Workspace(4096)
+    taken = [workspace.empty(shape, dtype) for shape, dtype in wanted]
+    for number, tensor in enumerate(taken):
+        assert (tuple(tensor.shape), tensor.dtype) == wanted[number]
+        assert tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
+        tensor.fill_(number)
+    for number, tensor in enumerate(taken):
+        assert (tensor == number).all()
+
+
+def test_after_a_reset_the_same_memory_is_given_again():
+    workspace = Workspace(1024)
+    before = workspace.empty((4, 4), torch.float32).data_ptr()
+    workspace.empty((4, 4), torch.float32)
+    workspace.reset()
+    assert workspace.empty((2, 8), torch.float32).data_ptr() == before
+    assert workspace.overdraft_bytes == 0
+
+
+def test_more_than_was_planned_is_still_given_and_counted():
+    workspace = Workspace(128)
+    workspace.empty((32,), torch.float32)
+    for _ in range(2):
+        workspace.empty((10,), torch.float32).fill_(1)
+        workspace.empty((20,), torch.float32).fill_(1)
+        assert workspace.overdraft_bytes == 120
+        workspace.reset()
+        workspace.empty((32,), torch.float32)
+
+
+@pytest.mark.parametrize(("sizes", "peak"), [((1,), 64), ((64, 64), 128), ((65, 1), 192), ((), 0)])
+def test_the_peak_is_what_was_held_at_once(sizes, peak):
+    workspace = Workspace(1024)
+    for size in sizes:
+        workspace.empty((size,), torch.uint8)
+    workspace.reset()
+    assert workspace.peak_bytes == peak
+
+
+def test_a_workspace_of_nothing_gives_nothing_away():
+    workspace = Workspace(0)
+    assert workspace.empty((0, 5), torch.float32).shape == (0, 5)
+    assert workspace.empty((3,), torch.uint8).numel() == 3
+    assert workspace.overdraft_bytes == 3

@@ -13,10 +13,6 @@ from torch import Tensor
 
 from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
 
-# the owner of slots waits this long between looks at whether the merge was stopped
-_PATIENCE_SECONDS = 0.2
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """A run of one tensor's bytes. `last`: nobody is planned to read it again."""
@@ -78,7 +74,8 @@ class ReadAhead:
         self._files = _OpenFiles(storage, models)
         self._requests = iter(requests)
         self._slot_bytes = slot_bytes
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        # None says that there will be no more
+        self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         memory = torch.empty(slots * slot_bytes, dtype=torch.uint8)
         for i in range(slots):
             self._free.put(Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]))
@@ -115,13 +112,13 @@ class ReadAhead:
     def close(self) -> None:
         """Stop reading, wait for the thread and close the files."""
         self._stopped.set()
+        self._free.put(None)
         self._thread.join()
-        while not self._free.empty():
-            self._empty(self._free.get())
-        while not self._ready.empty():
-            unused = self._ready.get()
-            if isinstance(unused, Slot):
-                self._empty(unused)
+        for slots in (self._free, self._ready):
+            while not slots.empty():
+                unused = slots.get()
+                if isinstance(unused, Slot):
+                    self._empty(unused)
         self._files.close()
 
     def _run(self) -> None:
@@ -141,12 +138,11 @@ class ReadAhead:
             self._ready.put(error)
 
     def _next_free(self) -> Slot | None:
-        while not self._stopped.is_set():
-            try:
-                return self._free.get(timeout=_PATIENCE_SECONDS)
-            except queue.Empty:
-                continue
-        return None
+        slot = self._free.get()
+        if slot is not None and self._stopped.is_set():
+            self._free.put(slot)
+            return None
+        return slot
 
     def _fetch(self, request: Request, buffer: Tensor) -> Tensor:
         file = self._files.of(request)

@@ -64,6 +64,7 @@ class _Disk:
         self._calls = 0
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
         self._unsynced: dict[int, list[tuple[int, bytes]]] = {}
+        self._files: dict[int, int] = {}
         self._journal_synced = 0
 
     def counted(self, name: str) -> Callable[..., Any]:
@@ -73,10 +74,14 @@ class _Disk:
             self._calls += 1
             if name == "pwrite":
                 descriptor, data, offset = arguments
-                self._unsynced.setdefault(descriptor, []).append((offset, os.pread(descriptor, len(data), offset)))
+                file = os.fstat(descriptor).st_ino
+                if file not in self._files:
+                    # of our own, for when the merge has closed its own
+                    self._files[file] = os.dup(descriptor)
+                self._unsynced.setdefault(file, []).append((offset, os.pread(descriptor, len(data), offset)))
             result = self._real[name](*arguments)
             if name == "fdatasync":
-                self._unsynced.pop(arguments[0], None)
+                self._unsynced.pop(os.fstat(arguments[0]).st_ino, None)
             if name == "fsync" and _path(arguments[0]).endswith(write.JOURNAL):
                 self._journal_synced = os.fstat(arguments[0]).st_size
             return result
@@ -93,10 +98,10 @@ class _Disk:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _lose(self, chance: random.Random) -> None:
-        for descriptor, writes in self._unsynced.items():
+        for file, writes in self._unsynced.items():
             for offset, before in reversed(writes):
                 if chance.random() < 0.5:
-                    self._real["pwrite"](descriptor, before, offset)
+                    self._real["pwrite"](self._files[file], before, offset)
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             path = _path(descriptor)
             if path.endswith(write.JOURNAL):

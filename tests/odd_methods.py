@@ -13,9 +13,19 @@ from streammerge.methods import merge_method
 from streammerge.solve.cost import Cost
 
 NAMES = (
-    "mean", "three_times", "backwards", "side_by_side", "asks_twice", "stops_early", "never_asks", "plans_two_takes_one",
-    "leans_on_columns", "returns_a_view", "overdraws", "raises",
-)  # fmt: skip
+    "mean",
+    "three_times",
+    "backwards",
+    "side_by_side",
+    "asks_twice",
+    "stops_early",
+    "never_asks",
+    "plans_two_takes_one",
+    "leans_on_columns",
+    "returns_a_view",
+    "overdraws",
+    "raises",
+)
 
 
 def one_pass(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -124,6 +125,4 @@ def models_under(folder: Path) -> list[Path]:
 
 def streammerge_threads() -> list[str]:
     """Threads of ours that are still alive."""
-    import threading
-
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("streammerge")]

@@ -77,6 +77,16 @@ class Case:
         self.patch.setattr(os, call, failing)
 
 
+def gives(error: type[StreamMergeError], message: str, hint: str) -> Callable[[Spoil], Spoil]:
+    """Add a way to spoil a merge to the table: the error's kind, a regex of its message, how its hint begins."""
+
+    def added(spoil: Spoil) -> Spoil:
+        CASES.append(pytest.param(spoil, error, message, hint, id=spoil.__name__))
+        return spoil
+
+    return added
+
+
 @gives(
     CheckpointError,
     r"math/model-00001-of-00002\.safetensors` ends at byte \d+ but its header describes \d+",
@@ -278,6 +288,7 @@ def too_little_memory(case: Case) -> None:
 
 
 PLAN = streammerge.plan
+
 
 @pytest.mark.parametrize(("spoil", "error", "message", "hint"), CASES)
 @pytest.mark.parametrize("shards", ["one", "many"])

@@ -84,7 +84,7 @@ def assert_sound(plan: MemoryPlan, steps: list[Step]) -> None:
     assert fewest <= plan.input_slots <= max(fewest, MOST_INPUT_SLOTS)
     for each in steps:
         block = block_elements(each, plan.slot_bytes)
-        assert 1 <= block
+        assert block >= 1
         assert block * each.element_bytes <= plan.slot_bytes
         assert step_workspace_bytes(each, plan.slot_bytes) <= plan.workspace_bytes
         if each.by_matrix:

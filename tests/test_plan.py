@@ -218,7 +218,7 @@ def test_a_transposed_matrix_is_priced_as_out_by_in() -> None:
 
 def test_steps_come_in_the_order_of_the_bases_bytes() -> None:
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (7, 3, 9, 1, 0, 5)]
-    base: Tensors = {name: ("BF16", (8, 8)) for name in names}
+    base: Tensors = dict.fromkeys(names, ("BF16", (8, 8)))
     storage = Headers(base=base, a=dict(sorted(base.items())), b=dict(reversed(base.items())), shard_bytes=300)
     plan = planned(recipe("actmat"), storage)
     assert [step.name for step in plan.steps] == names
@@ -590,7 +590,7 @@ def test_four_models_of_7b_are_planned_without_torch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     times, counts, sizes = done.stdout.splitlines()
-    print(times)
+    print(times)  # noqa: T201 - for the reader: a busy machine is no reason to fail
     data = 2 * 7_298_011_136
     assert counts.split() == ["355", str(layout.total_bytes), "224"]
     assert sizes.split()[0] == str(4 * data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import streammerge
 from streammerge.checkpoint import Checkpoint, Storage, load_checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.readahead import ReadAhead, Request, cut
 from streammerge.storage.local import LocalStorage
 from tests.models import recipe_of, save_model
-from tests.stored import MemoryStorage, digests, streammerge_threads
+from tests.stored import MemoryStorage, digests, streammerge_threads, tensors_of
 
 BLOCK, COUNT = 16, 12
 
@@ -209,8 +211,6 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_both_ways_of_reading_give_the_same_merge(family, tmp_path, method):
-    import streammerge
-
     ways: dict[str, Storage] = {"mapped": LocalStorage(mapped=True), "positioned": LocalStorage(mapped=False)}
     for name, storage in ways.items():
         streammerge.merge(recipe_of(family, method), tmp_path / name, storage=storage)
@@ -219,9 +219,6 @@ def test_both_ways_of_reading_give_the_same_merge(family, tmp_path, method):
 
 
 def test_mapped_tensors_that_are_not_aligned_are_merged_all_the_same(tmp_path, monkeypatch):
-    import streammerge
-    from tests.stored import tensors_of
-
     # three bytes before them put the floats at odd addresses
     base = {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "w": torch.randn(37, generator=torch.manual_seed(0))}
     expert = {"odd": base["odd"], "w": base["w"] + 1}
@@ -239,8 +236,6 @@ def test_mapped_tensors_that_are_not_aligned_are_merged_all_the_same(tmp_path, m
 
 def misalign(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Rewrite a file with its uint8 tensor before the others, which no rule forbids."""
-    import json
-
     header: dict[str, object] = {}
     data = b""
     for name in sorted(tensors):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import streammerge
 from streammerge import memory, methods, stream
+from streammerge.checkpoint import load_checkpoint
 from streammerge.errors import MergeError
 from streammerge.plan import Plan, make_plan
 from streammerge.recipe import Recipe
+from streammerge.storage.local import LocalStorage
 from streammerge.stream import Stream, thread_limit
 from streammerge.streamed_deltas import TORCH_DTYPES
 from tests import odd_methods
@@ -143,8 +146,6 @@ def test_a_merge_is_the_formula_in_float64_rounded_once(models, method, out_dtyp
 
 
 def storage_dtype(storage: MemoryStorage, name: str) -> str:
-    from streammerge.checkpoint import load_checkpoint
-
     return load_checkpoint(storage, next(iter(storage.contents))).tensors[name].dtype
 
 
@@ -262,8 +263,6 @@ def test_torch_is_left_with_the_settings_it_had():
 
 
 def test_arithmetic_gets_the_cpus_that_this_process_may_use():
-    import os
-
     assert 1 <= thread_limit() <= len(os.sched_getaffinity(0))
 
 
@@ -478,8 +477,6 @@ def test_many_families_merge_the_same_in_any_slots(models, method, slot_bytes):
 def test_a_merged_folder_holds_what_the_stream_gave(family, tmp_path):
     recipe = recipe_of(family, "leans_on_columns")
     streammerge.merge(recipe, tmp_path / "out", max_shard_size="6KB")
-    from streammerge.storage.local import LocalStorage
-
     plan = make_plan(Recipe.load(recipe), LocalStorage())
     data, _ = streamed(Stream(plan, LocalStorage()))
     found = tensors_of(Path(tmp_path / "out"))

@@ -408,7 +408,10 @@ def test_a_folder_that_another_process_writes_is_refused(out, resume):
     journal = out.with_name("out.partial") / JOURNAL
     code = "import fcntl; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     with subprocess.Popen(
-        [sys.executable, "-c", "import sys; " + code, str(journal)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", "import sys; " + code, str(journal)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()

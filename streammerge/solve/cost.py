@@ -98,7 +98,8 @@ def _flops(rows: int, columns: int, experts: int, solver: str) -> int:
         size = columns
         left = by_left_gram(rows, columns)
         share = 4 * rows**2 * columns if left else 2 * rows * columns**2
-        gram = stacked * columns**2 + experts * share
+        # the expert that is the anchor needs no product
+        gram = stacked * columns**2 + (experts if solver == "pinv" else experts - 1) * share
         spread = 0
     factor = 9 * size**3 if solver == "pinv" else size**3 // 3
     solve = (4 if solver == "pinv" else 2) * rows * size**2

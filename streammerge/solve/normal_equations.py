@@ -85,10 +85,11 @@ class _Solution:
             # taken first at the size that the spectrum needs it in
             size = len(seen.used) * self.rows if is_dual else self.columns
             self.buffers.take("spare", torch.float64, size, size)
-        system = self._system(seen, mean, is_dual)
+        system = self._dual(seen, mean) if is_dual else self._primal(seen, self.deltas.dtype)
         solved, escalation = self._solve(system, seen, last=not self.escalates), "none"
         if solved is None and self.escalates:
-            system = self._system(seen, self._widened(mean, is_dual), is_dual)
+            wide = torch.float64
+            system = self._dual(seen, self._widened(mean)) if is_dual else self._primal(seen, wide)
             solved, escalation = self._solve(system, seen, last=True), "float64"
         if solved is None:
             raise MergeError(
@@ -97,7 +98,10 @@ class _Solution:
             )
         self._note(seen, solved, is_dual, escalation)
         merged = system.merged().mul_(1.0 / seen.scale)
-        return merged if merged.dtype == self.deltas.dtype else self._idle(is_dual).copy_(merged)
+        if merged.dtype == self.deltas.dtype:
+            return merged
+        idle = "stack" if is_dual else "delta"
+        return self.buffers.take(idle, self.deltas.dtype, self.rows, self.columns).copy_(merged)
 
     def _slot(self, used: int) -> Tensor:
         dtype = self.deltas.dtype
@@ -106,28 +110,25 @@ class _Solution:
         stack = self.buffers.take("stack", dtype, self.deltas.experts * self.rows, self.columns)
         return stack[used * self.rows : (used + 1) * self.rows]
 
-    def _system(self, seen: Survey, anchor: Tensor, is_dual: bool) -> System:
-        if not is_dual:
-            return primal(self.deltas, seen, anchor, self.buffers)
-        dtype, used = anchor.dtype, len(seen.used)
-        stack = self.buffers.take("stack", dtype, used * self.rows, self.columns)
-        if self.one_pass and dtype == self.deltas.dtype:
+    def _primal(self, seen: Survey, dtype: torch.dtype) -> System:
+        ridge_lambda = self._lambda(seen) * seen.scale**2
+        return primal(self.deltas, seen, dtype, self.buffers, ridge_lambda=ridge_lambda, anchored=self.anchored)
+
+    def _dual(self, seen: Survey, mean: Tensor) -> System:
+        """The dual system in `mean`'s dtype, with `mean` [out, in], scaled, for its anchor."""
+        stack = self.buffers.take("stack", mean.dtype, len(seen.used) * self.rows, self.columns)
+        if self.one_pass and mean.dtype == self.deltas.dtype:
             stack.mul_(seen.scale)
         else:
             for delta in self.deltas:
                 if delta.index in seen.used:
                     first = seen.used.index(delta.index) * self.rows
                     delta.dense(out=stack[first : first + self.rows]).mul_(seen.scale)
-        return dual(stack, anchor, self.buffers, keep_gram=self.solver != "ridge")
+        return dual(stack, mean, self.buffers, keep_gram=self.solver != "ridge")
 
-    def _idle(self, is_dual: bool) -> Tensor:
-        """A buffer [out, in] that holds nothing before a system is built and after it was solved."""
-        name = "stack" if is_dual else "delta"
-        return self.buffers.take(name, self.deltas.dtype, self.rows, self.columns)
-
-    def _widened(self, mean: Tensor, is_dual: bool) -> Tensor:
+    def _widened(self, mean: Tensor) -> Tensor:
         # the mean lies in the memory that its float64 copy is to take
-        held = self._idle(is_dual).copy_(mean)
+        held = self.buffers.take("stack", mean.dtype, *mean.shape).copy_(mean)
         return self.buffers.take("mean", torch.float64, *mean.shape).copy_(held)
 
     def _solve(self, system: System, seen: Survey, *, last: bool) -> _Solved | None:
@@ -159,7 +160,7 @@ class _Solution:
         return _Solved(certificate=certificate, rank=spectral.rank, spectral=True)
 
     def _lambda(self, seen: Survey) -> float:
-        return self.ridge * seen.energy / self.columns
+        return self.ridge * seen.energy / self.columns if self.solver == "ridge" else 0.0
 
     def _note(self, seen: Survey, solved: _Solved, is_dual: bool, escalation: str) -> None:
         if solved.spectral and self.solver == "exact":

@@ -1,8 +1,10 @@
 """The linear system of the covariance methods, X H = Y, in its two forms.
 
 m rows (out), n columns (in), T experts with a change, S = [D_1; …; D_T] their deltas stacked, Θ the anchor:
-primal  H = A = Σ D_tᵀD_t  [n, n],  Y = Σ (D_t - Θ) D_tᵀD_t  [m, n],   Δ = Θ + X
-dual    H = S Sᵀ  [T·m, T·m],  Y_t = (D_t - Θ) D_tᵀ  [m, T·m],         Δ = Θ + X S
+primal  H = A = Σ D_tᵀD_t  [n, n],  Y = Σ (D_t - Θ)(D_tᵀD_t + λ/T)  [m, n],  Δ = Θ + X,    Θ = D_1
+dual    H = S Sᵀ  [T·m, T·m],       Y_t = (D_t - Θ) D_tᵀ  [m, T·m],          Δ = Θ + X S,  Θ = mean D_t
+With X = Y (H + λ)⁻¹ both are (N + λ·mean D_t)(A + λ)⁻¹. The primal form saves the product of the expert that
+is its anchor; in the dual form, where products cost less, λ drops out of Y. Θ = 0 leaves N itself.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Solver(Protocol):
 class System:
     """X H = Y and what turns X into the merged delta.
 
-    anchor   [m, n]  Θ: the mean of the deltas, or zero
+    anchor   [m, n]  Θ
     gram     [k, k]  H, both triangles
     right    [m, k]  Y; a solver leaves X here
     spare    [k, k]  memory for a factor; H's own where H is not needed after it was factored
@@ -80,30 +82,48 @@ class System:
         return self.anchor.addmm_(self.right, self.stack)
 
 
-def primal(deltas: Deltas, seen: Survey, anchor: Tensor, buffers: Buffers, *, left: bool | None = None) -> System:
-    """Read the experts again and add up A and Y, by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says."""
-    (rows, columns), dtype = anchor.shape, anchor.dtype
+def primal(
+    deltas: Deltas,
+    seen: Survey,
+    dtype: torch.dtype,
+    buffers: Buffers,
+    *,
+    ridge_lambda: float,
+    anchored: bool,
+    left: bool | None = None,
+) -> System:
+    """Read the experts again and add up A and Y, in the memory of the survey's mean and delta and more.
+
+    Each by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says. `anchored` takes the first expert's
+    change for Θ, else Θ is zero and so has λ to be.
+    """
+    rows, columns = deltas.shape
     left = by_left_gram(rows, columns) if left is None else left
+    anchor = buffers.take("mean", dtype, rows, columns).zero_()
     change = buffers.take("delta", dtype, rows, columns)
     right = buffers.take("right", dtype, rows, columns).zero_()
     gram = buffers.take("gram", dtype, columns, columns).zero_()
     spare = buffers.take("spare", dtype, columns, columns)
+    pull = ridge_lambda / len(seen.used)
     for delta in deltas:
         if delta.index not in seen.used:
             continue
         delta.dense(out=change).mul_(seen.scale)
-        if left:
+        if anchored and delta.index == seen.used[0]:
+            anchor.copy_(change)
             add_gram_(gram, change)
-            _add_by_left_gram(right, change, anchor, buffers)
+        elif left:
+            add_gram_(gram, change)
+            _add_by_left_gram(right, change, anchor, pull, buffers)
         else:
             gram.add_(mirror_(add_gram_(spare.zero_(), change)))
+            spare.diagonal().add_(pull)
             right.addmm_(change.sub_(anchor), spare)
-    if left:
-        mirror_(gram)
+    mirror_(gram)
     return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
 
 
-def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, buffers: Buffers) -> None:
+def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, pull: float, buffers: Buffers) -> None:
     rows, columns = change.shape
     height = min(BLOCK_ROWS, rows)
     block = buffers.take("block", change.dtype, height, columns)
@@ -112,7 +132,7 @@ def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, buffers: Bu
         part = slice(row, min(row + BLOCK_ROWS, rows))
         off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
         across = torch.mm(off_anchor, change.mT, out=products[: part.stop - row])
-        right[part].addmm_(across, change)
+        right[part].add_(off_anchor, alpha=pull).addmm_(across, change)
 
 
 def dual(stack: Tensor, anchor: Tensor, buffers: Buffers, *, keep_gram: bool) -> System:

@@ -75,8 +75,8 @@ def test_the_default_costs_three_matrices_and_two_grams():
     price = normal_equations((4096, 4096), 3, {}, 4)
     assert price.workspace_bytes <= 1.1 * 5 * 4096**2 * 4
     assert price.passes == 2
-    # three half Grams, three products, a third of a cube, two triangular solutions: in cubes of 4096
-    assert price.flops == pytest.approx((3 + 6 + 1 / 3 + 2) * 4096**3, rel=1e-6)
+    # three half Grams, two products, a third of a cube, two triangular solutions: in cubes of 4096
+    assert price.flops == pytest.approx((3 + 4 + 1 / 3 + 2) * 4096**3, rel=1e-6)
 
 
 def test_float64_is_planned_for_only_where_float32_may_be_too_narrow():

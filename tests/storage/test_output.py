@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,16 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def failing_allocation(code: int, *, after: int = 0):  # type: ignore[no-untyped-def]
+def refusing(code: int) -> Callable[..., None]:
+    """A system call that fails."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def failing_allocation(code: int, *, after: int) -> Callable[[int, int, int], None]:
     """A posix_fallocate that takes `after` bytes and then fails."""
 
     def allocate(descriptor: int, offset: int, nbytes: int) -> None:
@@ -138,7 +148,7 @@ def test_a_full_disk_gives_back_what_it_had_and_leaves_no_descriptor(
 def test_where_allocation_is_not_supported_the_file_has_its_size_all_the_same(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing_allocation(code))
+    monkeypatch.setattr(os, "posix_fallocate", refusing(code))
     file = OutputFile(tmp_path / "f", 10_000, create=True)
     file.write(9_999, memoryview(b"x"))
     assert file.nbytes == 10_000
@@ -146,9 +156,10 @@ def test_where_allocation_is_not_supported_the_file_has_its_size_all_the_same(
 
 
 def test_a_size_that_no_way_can_give_leaves_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing_allocation(errno.EOPNOTSUPP))
+    monkeypatch.setattr(os, "posix_fallocate", refusing(errno.EOPNOTSUPP))
+    monkeypatch.setattr(os, "ftruncate", refusing(errno.EFBIG))
     before = open_descriptors()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="File too large"):
         OutputFile(tmp_path / "f", 1 << 62, create=True)
     assert open_descriptors() == before
 

@@ -42,8 +42,8 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
     files = {
         name: _read(storage, model, name)
         for model, wanted in ((reference, _is_model_file), (tokenizer, _is_tokenizer_file))
-        for name, facts in model.files.items()
-        if wanted(name) and facts.size <= LIMIT_BYTES
+        for name in model.files
+        if wanted(name)
     }
     if "config.json" in files:
         files["config.json"] = _config(plan, reference.config)
@@ -71,7 +71,13 @@ def _is_model_file(name: str) -> bool:
 
 
 def _read(storage: Storage, model: Checkpoint, name: str) -> bytes:
-    return storage.read(model.location, name, 0, model.files[name].size)
+    nbytes = model.files[name].size
+    if nbytes > LIMIT_BYTES:
+        raise PlanError(
+            f"{quoted(f'{model.location}/{name}')} has {nbytes} bytes, over the limit of {LIMIT_BYTES}",
+            hint="Files beside the weights are small. Move it out of the model's folder.",
+        )
+    return storage.read(model.location, name, 0, nbytes)
 
 
 def _config(plan: Plan, config: Mapping[str, Any]) -> bytes:
@@ -120,9 +126,9 @@ def _most_common(plan: Plan, storage: Storage) -> str | None:
 
 def template_of(storage: Storage, model: Checkpoint) -> str | None:
     """A model's chat template, from its own file or from its tokenizer's config."""
-    if TEMPLATE_NAME in model.files and model.files[TEMPLATE_NAME].size <= LIMIT_BYTES:
+    if TEMPLATE_NAME in model.files:
         return _read(storage, model, TEMPLATE_NAME).decode("utf-8", "replace")
-    if "tokenizer_config.json" in model.files and model.files["tokenizer_config.json"].size <= LIMIT_BYTES:
+    if "tokenizer_config.json" in model.files:
         config = parse_json(
             _read(storage, model, "tokenizer_config.json"), quoted(f"{model.location}/tokenizer_config.json")
         )

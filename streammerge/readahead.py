@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
 
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A run of one tensor's bytes. `last`: nobody is planned to read it again."""

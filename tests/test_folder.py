@@ -116,12 +116,14 @@ def test_code_in_a_model_is_copied_and_not_run(models: dict[str, Path], tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_too_large_to_be_part_of_a_model_stays_behind(
+def test_a_side_file_too_large_to_be_one_is_refused_not_left_out(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(models["base"], {"huge.json": "x" * 5000})
     monkeypatch.setattr(folder, "LIMIT_BYTES", 4000)
-    assert "huge.json" not in beside(models)
+    with pytest.raises(PlanError, match=r"base/huge\.json` has 5000 bytes, over the limit of 4000") as raised:
+        beside(models)
+    assert raised.value.hint == "Files beside the weights are small. Move it out of the model's folder."
 
 
 def test_a_file_that_is_gone_since_planning_is_named(models: dict[str, Path]) -> None:

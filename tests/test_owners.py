@@ -94,9 +94,7 @@ def saved(architecture: str, folder: Path) -> tuple[dict[str, tuple[tuple[int, .
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_names_and_owners_agree_on_every_tensor_of(architecture, tmp_path):
     tensors, config = saved(architecture, tmp_path)
-    named = {
-        name: role_by_name(name, shape, dtype_code, config) for name, (shape, dtype_code) in tensors.items()
-    }
+    named = {name: role_by_name(name, shape, dtype_code, config) for name, (shape, dtype_code) in tensors.items()}
     owned = roles_from_model(config)
     assert [name for name, role in named.items() if role is None] == []
     assert [name for name in tensors if name not in owned] == []
@@ -128,7 +126,7 @@ def test_a_tensor_that_no_name_rule_knows_is_decided_by_its_owner():
         "backbone.layers.0.mixer.in_proj.weight": ((128, 32), "F32"),
         "backbone.embeddings.weight": ((96, 32), "F32"),
     }
-    assert roles(tensors, config) == {
+    assert roles(tensors, config, roles_from_model) == {
         "backbone.layers.0.mixer.in_proj.weight": Role(TensorClass.MATRIX, source="owner"),
         "backbone.embeddings.weight": Role(TensorClass.EMBEDDING, source="owner"),
     }
@@ -168,9 +166,7 @@ def test_a_config_that_transformers_cannot_build_has_no_owners(config, caplog):
     ],
 )
 def test_code_and_packing_named_in_a_config_are_ignored(changes):
-    assert roles_from_model(config_of("Olmo3ForCausalLM", **changes)) == roles_from_model(
-        config_of("Olmo3ForCausalLM")
-    )
+    assert roles_from_model(config_of("Olmo3ForCausalLM", **changes)) == roles_from_model(config_of("Olmo3ForCausalLM"))
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])
@@ -179,7 +175,9 @@ def test_a_missing_package_means_no_owners(package, monkeypatch):
     assert roles_from_model(config_of("Olmo3ForCausalLM")) == {}
     name = "model.layers.0.novel.weight"
     tensors = {name: ((8, 8), "F32")}
-    assert roles(tensors, config_of("Olmo3ForCausalLM")) == {name: Role(TensorClass.MATRIX, source="shape")}
+    assert roles(tensors, config_of("Olmo3ForCausalLM"), roles_from_model) == {
+        name: Role(TensorClass.MATRIX, source="shape")
+    }
 
 
 def test_without_the_conversion_mapping_names_on_disk_are_those_in_memory(monkeypatch):

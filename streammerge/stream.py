@@ -249,21 +249,28 @@ class _Tally:
         self._changed = 0
 
     def merged(self, delta: Tensor) -> None:
-        self._merged_squared += torch.linalg.vector_norm(delta).item() ** 2
+        norm = torch.linalg.vector_norm(delta).item()
+        self._merged_squared += norm * norm
 
     def rounded(self, out: Tensor, exact: Tensor, before: Tensor) -> None:
         """`exact` is overwritten."""
         self._changed += int(torch.count_nonzero(out != before))
         if out.dtype != exact.dtype:
-            self._lost_squared += torch.linalg.vector_norm(exact.sub_(out)).item() ** 2
+            norm = torch.linalg.vector_norm(exact.sub_(out)).item()
+            self._lost_squared += norm * norm
 
     def settle(self, outcome: Outcome, elements: int) -> None:
         mean, norm = self.norms.mean, math.sqrt(self._merged_squared)
         if outcome.method == COPY:
             return
-        outcome.norm_ratio = norm / mean if mean else None
-        outcome.rounding_loss = math.sqrt(self._lost_squared) / norm if norm else 0.0
+        outcome.norm_ratio = _ratio(norm, mean)
+        outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
         outcome.changed = self._changed / elements
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    # of norms that overflowed there is none, and JSON has no word for it
+    return part / whole if whole and math.isfinite(part) and math.isfinite(whole) else None
 
 
 def _threads_for(step: Step) -> int:

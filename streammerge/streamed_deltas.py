@@ -101,7 +101,7 @@ class StepReader:
 
 
 class Norms:
-    """Squared norms of each expert's delta, summed block by block in float64."""
+    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows."""
 
     def __init__(self, experts: int) -> None:
         self.squared = [0.0] * experts
@@ -165,7 +165,7 @@ class ElementDeltas(Deltas):
             if not math.isfinite(norm):
                 model = self._step.models[index + (self._step.base is not None)]
                 refuse_non_finite(run, self._step, self._names[model], self.first_element)
-            self._norms.squared[index] += norm**2
+            self._norms.squared[index] += norm * norm
         return out
 
 
@@ -238,7 +238,7 @@ class MatrixDeltas(Deltas):
             if not math.isfinite(norm):
                 model = self._step.models[index + (self._step.base is not None)]
                 refuse_non_finite(run.flatten(), self._step, self._names[model], rows.start * run.shape[1])
-            squared += norm**2
+            squared += norm * norm
             give_back()
         self._norms.squared[index] = squared
         return out

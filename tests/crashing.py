@@ -15,10 +15,12 @@ from streammerge import memory, write
 
 # forked from a process that has torch loaded but no threads, each death costs a tenth of a second
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.crashing", "streammerge.write"])
+_PROCESSES.set_forkserver_preload(["__main__", "tests.crashing", "streammerge.write"])
 
 CALLS = ("pwrite", "fdatasync", "fsync", "rename", "posix_fallocate")
 SHARD_BYTES = 6000
+# no merge of the tests makes so many calls
+AFTER_THE_LAST = 1 << 30
 
 
 def small_pieces() -> None:
@@ -54,6 +56,8 @@ def _merge(recipe: dict[str, object], out: str, moment: int, power_cut: bool, re
     for name in CALLS:
         setattr(os, name, disk.counted(name))
     streammerge.merge(recipe, out, resume=resume, max_shard_size=SHARD_BYTES)
+    if moment == AFTER_THE_LAST:
+        disk.die("", ())
 
 
 class _Disk:
@@ -70,7 +74,7 @@ class _Disk:
     def counted(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             if self._calls == self._moment:
-                self._die(name, arguments)
+                self.die(name, arguments)
             self._calls += 1
             if name == "pwrite":
                 descriptor, data, offset = arguments
@@ -88,7 +92,7 @@ class _Disk:
 
         return call
 
-    def _die(self, name: str, arguments: tuple[Any, ...]) -> None:
+    def die(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name == "pwrite":
             # the call is torn
             descriptor, data, offset = arguments

@@ -92,6 +92,11 @@ def test_a_merge_killed_at_any_moment_resumes_to_the_same_bytes(recipe, tmp_path
         shutil.rmtree(out)
 
 
+def test_a_power_cut_right_after_a_merge_loses_nothing(recipe, out, whole):
+    assert crashing.dies(recipe, out, crashing.AFTER_THE_LAST, power_cut=True)
+    assert digests(out) == whole
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("power_cut", [False, True])

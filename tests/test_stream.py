@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -425,6 +426,18 @@ def test_large_finite_numbers_pass(method, name):
     big = torch.full((4, 4) if "proj" in name else (4,), 3e38)
     storage = MemoryStorage({"base": {name: big}, "expert": {name: big}})
     assert torch.equal(merged_in_memory(planned(storage, method), storage)[name], big)
+
+
+@pytest.mark.parametrize(("dtype", "big"), [(torch.float32, 1e38), (torch.float64, 1e200)])
+@pytest.mark.parametrize("method", ["task_arithmetic", "mean"])
+def test_changes_whose_norm_overflows_are_merged_and_the_report_stays_json(tmp_path, method, dtype, big):
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = {name: torch.zeros(40, 40, dtype=dtype)}
+    expert = {name: torch.full((40, 40), big, dtype=dtype)}
+    folders = {"base": save_model(tmp_path / "base", base), "expert": save_model(tmp_path / "expert", expert)}
+    report = streammerge.merge(recipe_of(folders, method), tmp_path / "out")
+    assert torch.equal(tensors_of(tmp_path / "out")[name], expert[name])
+    json.loads(report.to_json(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("keep", [False, True])

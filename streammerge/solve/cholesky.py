@@ -54,16 +54,33 @@ class Cholesky:
 
     def solve_(self, right: Tensor) -> Tensor:
         """Replace `right` [m, n] by right · H⁻¹, in place."""
-        lower, n = self._lower, self._lower.shape[0]
-        spans = [(start, min(start + PANEL, n)) for start in range(0, n, PANEL)]
-        for start, end in spans:
-            columns = right[:, start:end]
-            if start:
-                columns.addmm_(right[:, :start], lower[start:end, :start].mT, alpha=-1)
-            self._multiply(columns, self._inverse(start, end).mT)
-        for start, end in reversed(spans):
-            columns = right[:, start:end]
-            if end < n:
-                columns.addmm_(right[:, end:], lower[end:, start:end], alpha=-1)
-            self._multiply(columns, self._inverse(start, end))
+        self._forward(right, 0, len(self._lower))
+        self._backward(right, 0, len(self._lower))
         return right
+
+    def _forward(self, right: Tensor, start: int, end: int) -> None:
+        """Divide columns start … end by Lᵀ's corner; halving keeps nearly all work in large products."""
+        if end - start <= PANEL:
+            self._multiply(right[:, start:end], self._inverse(start, end).mT)
+            return
+        middle = _middle(start, end)
+        self._forward(right, start, middle)
+        below = self._lower[middle:end, start:middle]
+        right[:, middle:end].addmm_(right[:, start:middle], below.mT, alpha=-1)
+        self._forward(right, middle, end)
+
+    def _backward(self, right: Tensor, start: int, end: int) -> None:
+        """Divide columns start … end by L's corner."""
+        if end - start <= PANEL:
+            self._multiply(right[:, start:end], self._inverse(start, end))
+            return
+        middle = _middle(start, end)
+        self._backward(right, middle, end)
+        below = self._lower[middle:end, start:middle]
+        right[:, start:middle].addmm_(right[:, middle:end], below, alpha=-1)
+        self._backward(right, start, middle)
+
+
+def _middle(start: int, end: int) -> int:
+    panels = -(-(end - start) // PANEL)
+    return start + (panels + 1) // 2 * PANEL

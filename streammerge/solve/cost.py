@@ -76,12 +76,12 @@ def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[s
 
 
 def _primal_elements(rows: int, columns: int) -> int:
-    # mean, delta, right-hand side; the Gram and one expert's Gram, later the factor
+    # anchor, delta, right-hand side; the Gram and one expert's Gram, later the factor
     return 3 * rows * columns + 2 * columns**2
 
 
 def _dual_elements(rows: int, columns: int, size: int, solver: str, one_pass: bool) -> int:
-    # mean, stacked deltas, Gram, right-hand side; the delta surveyed before or the spectral product;
+    # anchor, stacked deltas, Gram, right-hand side; the delta surveyed before or the spectral product;
     # a copy of the Gram where it is needed again
     spectral = solver != "ridge"
     spare = 0 if one_pass and not spectral else rows * (size if one_pass else columns)

@@ -71,25 +71,21 @@ class _Solution:
         self.one_pass = form(deltas.experts, self.rows, self.columns) == "dual" and solver != "exact"
 
     def merged(self) -> Tensor:
-        mean = self.buffers.take("mean", self.deltas.dtype, self.rows, self.columns)
-        seen = survey(self.deltas, mean, self._slot, self.buffers, count_columns=self.solver == "exact")
-        if not seen.used:
-            self.deltas.note(solver="none", form="none", certificate=0.0, escalation="none")
-            return mean
-        if seen.identical and self.anchored:
-            self.deltas.note(solver=self.solver, form="none", certificate=0.0, escalation="none")
-            return mean
+        seen = survey(self.deltas, self._slot, self.buffers, count_columns=self.solver == "exact")
+        if not seen.used or (seen.identical and self.anchored):
+            self.deltas.note(
+                solver=self.solver if seen.used else "none", form="none", certificate=0.0, escalation="none"
+            )
+            return self._slot(0) if seen.used else self._slot(0).zero_()
         is_dual = self.one_pass or form(len(seen.used), self.rows, seen.columns) == "dual"
-        mean.mul_(seen.scale if self.anchored else 0.0)
         if self.solver == "pinv":
             # taken first at the size that the spectrum needs it in
             size = len(seen.used) * self.rows if is_dual else self.columns
             self.buffers.take("spare", torch.float64, size, size)
-        system = self._dual(seen, mean) if is_dual else self._primal(seen, self.deltas.dtype)
+        system = self._system(seen, self.deltas.dtype, is_dual)
         solved, escalation = self._solve(system, seen, last=not self.escalates), "none"
         if solved is None and self.escalates:
-            wide = torch.float64
-            system = self._dual(seen, self._widened(mean)) if is_dual else self._primal(seen, wide)
+            system = self._system(seen, torch.float64, is_dual)
             solved, escalation = self._solve(system, seen, last=True), "float64"
         if solved is None:
             raise MergeError(
@@ -106,30 +102,24 @@ class _Solution:
     def _slot(self, used: int) -> Tensor:
         dtype = self.deltas.dtype
         if not self.one_pass:
-            return self.buffers.take("delta", dtype, self.rows, self.columns)
+            return self.buffers.take("delta" if used else "anchor", dtype, self.rows, self.columns)
         stack = self.buffers.take("stack", dtype, self.deltas.experts * self.rows, self.columns)
         return stack[used * self.rows : (used + 1) * self.rows]
 
-    def _primal(self, seen: Survey, dtype: torch.dtype) -> System:
-        ridge_lambda = self._lambda(seen) * seen.scale**2
-        return primal(self.deltas, seen, dtype, self.buffers, ridge_lambda=ridge_lambda, anchored=self.anchored)
-
-    def _dual(self, seen: Survey, mean: Tensor) -> System:
-        """The dual system in `mean`'s dtype, with `mean` [out, in], scaled, for its anchor."""
-        stack = self.buffers.take("stack", mean.dtype, len(seen.used) * self.rows, self.columns)
-        if self.one_pass and mean.dtype == self.deltas.dtype:
+    def _system(self, seen: Survey, dtype: torch.dtype, is_dual: bool) -> System:
+        if not is_dual:
+            pull = self._lambda(seen) * seen.scale**2
+            return primal(self.deltas, seen, dtype, self.buffers, ridge_lambda=pull, anchored=self.anchored)
+        stack = self.buffers.take("stack", dtype, len(seen.used) * self.rows, self.columns)
+        if self.one_pass and dtype == self.deltas.dtype:
             stack.mul_(seen.scale)
         else:
             for delta in self.deltas:
                 if delta.index in seen.used:
                     first = seen.used.index(delta.index) * self.rows
                     delta.dense(out=stack[first : first + self.rows]).mul_(seen.scale)
-        return dual(stack, mean, self.buffers, keep_gram=self.solver != "ridge")
-
-    def _widened(self, mean: Tensor) -> Tensor:
-        # the mean lies in the memory that its float64 copy is to take
-        held = self.buffers.take("stack", mean.dtype, *mean.shape).copy_(mean)
-        return self.buffers.take("mean", torch.float64, *mean.shape).copy_(held)
+        keep_gram = self.solver != "ridge"
+        return dual(stack, self.rows, self.buffers, anchored=self.anchored, keep_gram=keep_gram)
 
     def _solve(self, system: System, seen: Survey, *, last: bool) -> _Solved | None:
         """Leave X in `system.right`, or return None where another attempt is needed."""

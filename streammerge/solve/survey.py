@@ -1,4 +1,4 @@
-"""The first look at a matrix's deltas: norms, mean, scale, and whether there is anything to solve."""
+"""The first look at a matrix's deltas: norms, scale, and whether there is anything to solve."""
 
 from __future__ import annotations
 
@@ -33,25 +33,17 @@ class Survey:
     scale: float = 1.0
 
 
-def survey(
-    deltas: Deltas,
-    mean: Tensor,
-    slot: Callable[[int], Tensor],
-    buffers: Buffers,
-    *,
-    count_columns: bool = False,
-) -> Survey:
+def survey(deltas: Deltas, slot: Callable[[int], Tensor], buffers: Buffers, *, count_columns: bool = False) -> Survey:
     """Look at every expert once.
 
-    mean  [out, in]  receives the mean of the non-zero deltas: exactly D where all are the same D
-    slot             gives the [out, in] buffer for the next delta, from how many were used before it
+    slot  gives the [out, in] buffer for the next delta, from how many were used before it;
+          slot(0) keeps the first of them
 
     Norms are summed over panels of fixed size, so they do not depend on how the experts are read.
     Raises MergeError at the first NaN or infinity.
     """
     seen = Survey(columns=deltas.shape[1])
     largest = torch.zeros(deltas.shape[1], dtype=deltas.dtype) if count_columns else None
-    mean.zero_()
     for delta in deltas:
         change = delta.dense(out=slot(len(seen.used)))
         squared = squared_norm(change, buffers)
@@ -59,16 +51,16 @@ def survey(
             raise _non_finite(deltas, delta, change)
         if squared == 0.0:
             continue
+        if seen.used:
+            seen.identical = seen.identical and _equal(change, slot(0))
         seen.used.append(delta.index)
         seen.energy += squared
-        same = _add_to_mean(mean, change, len(seen.used), buffers, compare=seen.identical)
-        seen.identical = seen.identical and (same or len(seen.used) == 1)
         if largest is not None:
             torch.maximum(largest, torch.linalg.vector_norm(change, math.inf, dim=0), out=largest)
     if largest is not None:
         seen.columns = int(torch.count_nonzero(largest))
     if seen.used:
-        root_mean_square = math.sqrt(seen.energy / (len(seen.used) * mean.numel()))
+        root_mean_square = math.sqrt(seen.energy / (len(seen.used) * math.prod(deltas.shape)))
         # past 2^126 float32 has no power of two
         seen.scale = 2.0 ** min(-math.frexp(root_mean_square)[1], 126)
     return seen
@@ -84,20 +76,10 @@ def squared_norm(change: Tensor, buffers: Buffers) -> float:
     return total
 
 
-def _add_to_mean(mean: Tensor, change: Tensor, count: int, buffers: Buffers, *, compare: bool) -> bool:
-    """Take the `count`th delta into the running mean; return whether it equals the mean so far.
-
-    mean += (D - mean) / count leaves the mean of identical deltas exactly D; a sum divided at the
-    end would not.
-    """
-    same = compare
-    block = buffers.take("block", mean.dtype, min(BLOCK_ROWS, len(mean)), mean.shape[1])
-    for row in range(0, len(mean), BLOCK_ROWS):
-        part = mean[row : row + BLOCK_ROWS]
-        difference = torch.sub(change[row : row + BLOCK_ROWS], part, out=block[: len(part)])
-        same = same and not difference.any()
-        part.add_(difference, alpha=1.0 / count)
-    return same
+def _equal(change: Tensor, first: Tensor) -> bool:
+    # by blocks, as the first one nearly always tells
+    blocks = range(0, len(change), BLOCK_ROWS)
+    return all(torch.equal(change[r : r + BLOCK_ROWS], first[r : r + BLOCK_ROWS]) for r in blocks)
 
 
 def _non_finite(deltas: Deltas, delta: Delta, change: Tensor) -> MergeError:

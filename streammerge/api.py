@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge.budget import parse_bytes
 from streammerge.checkpoint import Storage
 from streammerge.errors import StreamMergeError, quoted
 from streammerge.inspection import Inspection, inspect_models
+from streammerge.journal import partial_folder, refuse_taken
 from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk, make_plan
 from streammerge.rates import Rates, save_rates
 from streammerge.recipe import Recipe
@@ -82,17 +84,17 @@ def merge(
 
 def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, progress: Progress | None = None) -> Report:
     """Carry out a plan. See `merge`."""
+    started = time.perf_counter()
+    refuse_taken(out, resume=resume)
+    if not (resume and partial_folder(Path(os.path.abspath(out))).exists()):
+        check_disk(planned, out)
     _let_threads_sleep()
     # torch takes seconds to load, and everything above refuses without it
     from streammerge.folder import REPORT_NAME, side_files
     from streammerge.stream import Stream
     from streammerge.write import Writer
 
-    started = time.perf_counter()
     beside = side_files(planned, storage)
-    partial_exists = os.path.lexists(f"{os.path.abspath(out)}.partial")
-    if not (resume and partial_exists):
-        check_disk(planned, out)
     with Writer(out, planned.layout, planned.fingerprint(), resume=resume) as writer:
         done = set(writer.checksums)
         with Stream(planned, storage, skip=done) as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from streammerge import methods
 from streammerge.checkpoint import Storage
-from streammerge.errors import MergeError, quoted
+from streammerge.errors import MergeError, StreamMergeError, quoted
 from streammerge.memory import block_elements
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, Request, bytes_of
@@ -34,6 +35,8 @@ from streammerge.streamed_deltas import (
 from streammerge.workspace import Workspace
 from streammerge_kernels.matmul import fast_matmul
 from streammerge_kernels.round import round_to
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -109,7 +112,15 @@ class Stream:
 
     def __iter__(self) -> Iterator[Block]:
         for step in self._steps:
-            yield from self._run(step)
+            try:
+                yield from self._run(step)
+            except StreamMergeError:
+                raise
+            except Exception as error:
+                # a bug keeps its traceback; the tensor is what that does not tell (add_note: from Python 3.11)
+                note = f"while merging {quoted(step.name)} by {quoted(step.method)}"
+                getattr(error, "add_note", logger.error)(note)
+                raise
 
     def _requests(self) -> Iterator[Request]:
         for step in self._steps:

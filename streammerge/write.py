@@ -7,8 +7,6 @@ whose bytes were on the device before the line was.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,12 +22,12 @@ from types import TracebackType
 from typing import Any
 
 from streammerge.errors import OutputError, quoted
+from streammerge.journal import JOURNAL, Journal, os_errors, output_error, partial_folder, refuse_taken
 from streammerge.layout import INDEX_NAME, Layout
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
 from streammerge.stream import Block, Outcome
 
 FORMAT = 1
-JOURNAL = "journal.jsonl"
 CONFIG = "config.json"
 # how much may be lost to a crash: tensors are made durable in groups of about this many bytes
 GROUP_BYTES = 256 << 20
@@ -50,7 +48,7 @@ class Writer:
 
     def __init__(self, out: str, layout: Layout, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         self.out = Path(os.path.abspath(out))
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_folder(self.out)
         self.checksums: dict[str, str] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.busy_seconds = 0.0
@@ -60,10 +58,10 @@ class Writer:
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         identity = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
-        with _os_errors(self.partial):
-            _refuse_occupied(self.out)
-            resuming = self._open_partial(resume)
-            self._journal = _Journal(self.partial / JOURNAL)
+        refuse_taken(self.out, resume=resume)
+        with os_errors(self.partial):
+            resuming = self._open_partial()
+            self._journal = Journal(self.partial / JOURNAL)
             try:
                 if resuming:
                     self._resume(identity)
@@ -91,15 +89,16 @@ class Writer:
     def publish(self, side_files: Mapping[str, bytes]) -> None:
         """Complete the folder with the files beside the weights and give it its name.
 
-        Nothing incomplete is ever published: with a tensor missing this is an AssertionError.
+        Raises OutputError when a tensor is missing: nothing incomplete is ever published.
         """
         missing = self._layout.placements.keys() - self.checksums.keys()
-        assert not missing, f"{len(missing)} tensors were never written, such as {sorted(missing)[0]}"
+        if missing:
+            raise OutputError(f"{len(missing)} tensors were never written, such as {quoted(min(missing))}")
         index = self._layout.index_json()
         small = dict(side_files) | ({} if index is None else {INDEX_NAME: index.encode()})
         # everything that a full disk could stop comes before the first rename, and what makes it a model comes last
         names = sorted([*small, *(shard.file for shard in self._layout.shards)], key=lambda name: name == CONFIG)
-        with _os_errors(self.partial):
+        with os_errors(self.partial):
             for file in self._files:
                 file.close()
             for name, data in small.items():
@@ -134,27 +133,11 @@ class Writer:
                 file.close()
         self._journal.close()
 
-    def _open_partial(self, resume: bool) -> bool:
+    def _open_partial(self) -> bool:
         """Whether there is an interrupted merge to continue; if there is none its folder is made."""
-        if resume and self.partial.is_dir() and not os.listdir(self.partial):
-            # stopped before it began
-            return False
-        if os.path.lexists(self.partial):
-            if not resume:
-                if (self.partial / JOURNAL).is_file():
-                    # refuses when it is locked
-                    _Journal(self.partial / JOURNAL).close()
-                raise OutputError(
-                    f"{quoted(self.partial)} holds an interrupted merge",
-                    hint="Pass `--resume` to continue it, or delete that folder.",
-                )
-            if self.partial.is_symlink() or not (self.partial / JOURNAL).is_file():
-                raise OutputError(
-                    f"{quoted(self.partial)} has no journal, so it cannot be resumed",
-                    hint="Delete that folder and merge again.",
-                )
+        if os.path.lexists(self.partial) and os.listdir(self.partial):
             return True
-        self.partial.mkdir(parents=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
         return False
 
     def _begin(self, identity: Mapping[str, Any]) -> None:
@@ -260,87 +243,9 @@ class Writer:
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, OSError):
-            raise _output_error(self._failure, self.partial) from self._failure
+            raise output_error(self._failure, self.partial) from self._failure
         if self._failure is not None:
             raise self._failure
-
-
-class _Journal:
-    """Lines of JSON, durable when `append` returns; locked, so that two merges never share a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise OutputError(
-                f"{quoted(path.parent)} is being written by another process",
-                hint="Wait for it, or choose another folder.",
-            ) from error
-
-    def append(self, lines: list[Any]) -> None:
-        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def read(self) -> list[Any]:
-        """All lines up to the first that a crash tore, which is cut off with what follows it."""
-        self._file.seek(0)
-        found, end = [], 0
-        for line in self._file.read().splitlines(keepends=True):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                found.pop()
-                break
-            end += len(line)
-        self._file.truncate(end)
-        return found
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _os_errors:
-    """Turn what the operating system says of a folder into OutputError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError):
-            raise _output_error(error, self._path) from error
-
-
-def _output_error(error: OSError, path: Path) -> OutputError:
-    hints = {
-        errno.ENOSPC: "The disk is full. Free some space, then pass `--resume`.",
-        errno.EDQUOT: "The disk quota is used up. Free some space, then pass `--resume`.",
-        errno.EACCES: "Choose a folder that you may write to.",
-        errno.EPERM: "Choose a folder that you may write to.",
-        errno.EROFS: "The file system is read-only. Choose another folder.",
-        errno.ENOTDIR: "A part of the path is a file. Choose another folder.",
-        errno.ENAMETOOLONG: "Choose a shorter name for the output folder.",
-    }
-    reason = (error.strerror or str(error)).lower()
-    return OutputError(f"{quoted(path)} cannot be written: {reason}", hint=hints.get(error.errno or 0))
-
-
-def _refuse_occupied(out: Path) -> None:
-    if out.is_symlink():
-        raise OutputError(f"{quoted(out)} is a link", hint="Choose another name for the output folder.")
-    if os.path.lexists(out) and not out.is_dir():
-        raise OutputError(f"{quoted(out)} is a file", hint="Choose another name for the output folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{quoted(out)} is not empty", hint="Choose another folder, or delete this one first.")
 
 
 def _staged(file: str) -> str:

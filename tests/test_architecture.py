@@ -18,6 +18,7 @@ LAYERS = (
     "verification",
     "report",
     "write",
+    "journal",
     "stream",
     "streamed_deltas",
     "readahead",

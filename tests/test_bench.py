@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors import safe_open
+
+from streammerge.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -169,3 +171,17 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
 def test_every_script_is_listed_in_the_readme(script):
     assert f"`{script}.py`" in (BENCH / "README.md").read_text()
     assert (BENCH / f"{script}.py").is_file()
+
+
+def test_the_imports_that_memory_subtracts_exist(bench):
+    assert all(importlib.util.find_spec(module) for module in bench("memory").IMPORTS)
+
+
+def test_the_recipes_are_ones_that_streammerge_reads(bench, tmp_path):
+    models = [tmp_path / "one", tmp_path / "two"]
+    path = bench("child").write_recipe(
+        tmp_path / "r.yaml", "actmat", models, tmp_path / "base", {"solver": "exact"}, out_dtype="float32"
+    )
+    recipe = Recipe.load(path)
+    assert (recipe.method, recipe.output_dtype, len(recipe.experts)) == ("actmat", "F32", 2)
+    assert recipe.warnings == ()

@@ -63,12 +63,6 @@ def test_texts_too_short_for_a_window_are_refused() -> None:
         texts.draw_windows([texts.Document(group="a", text="short")], Letters(), count=2, length=99, seed=0)
 
 
-def test_the_standard_library_has_both_sides() -> None:
-    training, held_out = texts.split(texts.standard_library())
-    assert len(training) > 200
-    assert len(held_out) > 20
-
-
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(texts.MissingPackageError, match="`no-such-text` is not installed"):
         texts.package_folder("no_such_text", "no-such-text")

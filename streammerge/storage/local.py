@@ -16,6 +16,8 @@ from streammerge.errors import CheckpointError, quoted
 # one system call moves at most 0x7ffff000 bytes on Linux
 _CALL_LIMIT_BYTES = 1 << 30
 _PAGE = mmap.PAGESIZE
+# the largest piece of page cache that the kernel keeps or drops as one
+_FOLIO_BYTES = 2 << 20
 _BLOCK_BYTES = 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -144,9 +146,17 @@ class _PageCache:
 
     def drop(self, offset: int, nbytes: int) -> None:
         """Give back what reading the range brought in."""
-        block = (offset + nbytes // 2) // _BLOCK_BYTES
-        if nbytes and not any(self._found_cached[block : block + 1]):
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if not nbytes or self._was_cached(offset + nbytes // 2):
+            return
+        # the kernel skips a large folio that the range cuts, so each drop takes along the end of the one before
+        start = max(offset - _FOLIO_BYTES, 0)
+        if any(self._found_cached[start // _BLOCK_BYTES : -(-offset // _BLOCK_BYTES)]):
+            start = offset
+        os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
+
+    def _was_cached(self, position: int) -> bool:
+        block = max(position, 0) // _BLOCK_BYTES
+        return any(self._found_cached[block : block + 1])
 
 
 def _cached_blocks(descriptor: int) -> list[bool]:

@@ -178,6 +178,7 @@ def run(output: Path, training: Training, held_out_windows: int) -> None:
     kept = {name: gain_kept(losses, rows["base"], at_home) for name, losses in rows.items()}
     say()
     print(format_table(rows, kept))
+    print("\naverage adds each expert's change with weight 1/3, task_arithmetic with weight 1; actmat has no weight")
 
     results = {"nats_per_token": rows, "gain_kept": kept, "training": asdict(training), "recipes": MERGES}
     path = output / "results.json"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ def base_file() -> Path:
 
 def write_base(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a bf16 folder that transformers and streammerge read."""
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    # its progress bar has no switch of its own
+    with redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     # transformers 5.23 leaves both behind, and refuses to load the first

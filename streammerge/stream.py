@@ -203,6 +203,8 @@ class Stream:
         out = slot[:nbytes].view(dtype).view(base.shape)
         if merged is None:
             out.copy_(base)
+            if step.dtype != step.experts[0].dtype:
+                self._refuse_overflow(step, out, base, out)
         else:
             assert merged.shape == base.shape, f"{step.method} returned {tuple(merged.shape)} for {base.shape}"
             measures = step.base is not None and tally is not None
@@ -221,16 +223,18 @@ class Stream:
                 first_index=first,
                 out=out,
             )
+            # float32 whose squares have a sum fits in bfloat16 too, and is read faster than what was written
+            narrow = dtype is torch.float16 or exact.dtype is torch.float64
+            self._refuse_overflow(step, out, base, out if narrow else exact)
             if before is not None and tally is not None:
                 tally.rounded(out, exact, before)
-        if step.method != COPY or step.dtype != step.experts[0].dtype:
-            self._refuse_overflow(step, out, base)
         data = bytes_of(slot)[:nbytes]
         return Block(step.name, first * dtype.itemsize, data, lambda: self._output.put(slot))
 
-    def _refuse_overflow(self, step: Step, out: Tensor, base: Tensor) -> None:
+    def _refuse_overflow(self, step: Step, out: Tensor, base: Tensor, telling: Tensor) -> None:
+        """Raise MergeError for a non-finite `out`; it has none where the norm of `telling` is finite."""
         # merged inputs were checked as they came in, and a copy keeps its infinities: a method or the cast made this
-        if math.isfinite(torch.linalg.vector_norm(out, dtype=compute_dtype(step)).item()):
+        if math.isfinite(torch.linalg.vector_norm(telling, dtype=compute_dtype(step)).item()):
             return
         made = ~torch.isfinite(out)
         if step.method == COPY:

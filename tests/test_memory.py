@@ -10,9 +10,11 @@ from streammerge.budget import parse_bytes
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
 from streammerge.errors import PlanError
 from streammerge.memory import (
+    FEWEST_OUTPUT_SLOTS,
     LARGEST_SLOT_BYTES,
     MOST_INPUT_SLOTS,
-    OUTPUT_SLOTS,
+    MOST_OUTPUT_SLOTS,
+    OUTPUT_BYTES,
     RESERVE_BYTES,
     SMALLEST_SLOT_BYTES,
     MemoryPlan,
@@ -78,7 +80,8 @@ def models_of(one: Step) -> int:
 def assert_sound(plan: MemoryPlan, steps: list[Step]) -> None:
     assert plan.peak_bytes <= plan.budget_bytes
     assert plan.slot_bytes % 64 == 0
-    assert plan.output_slots == OUTPUT_SLOTS
+    assert FEWEST_OUTPUT_SLOTS <= plan.output_slots <= MOST_OUTPUT_SLOTS
+    assert plan.output_slots * plan.slot_bytes <= max(OUTPUT_BYTES, FEWEST_OUTPUT_SLOTS * plan.slot_bytes)
     # a block of every model at once, and the next one being read
     fewest = 2 * max(map(models_of, steps))
     assert fewest <= plan.input_slots <= max(fewest, MOST_INPUT_SLOTS)
@@ -122,7 +125,7 @@ def test_a_budget_too_small_names_the_tensor_and_what_it_takes() -> None:
     with pytest.raises(PlanError) as raised:
         fit_memory(steps, 300 * MIB)
     kept_base, blocks = 32 * MIB, 3 * 2 * 64 * 1024
-    slots = (8 + 10) * 64 * 1024
+    slots = (MOST_OUTPUT_SLOTS + 10) * 64 * 1024
     needed = RESERVE_BYTES + 500 * MIB + kept_base + blocks + slots
     assert raised.value.message == (
         f"the largest step needs a budget of {needed / MIB:.1f} MiB, more than 300.0 MiB: "

@@ -181,9 +181,7 @@ def test_floats_of_at_most_one_dimension_are_vectors_under_any_name(name, shape,
     assert role_by_name(name, shape, dtype_code, {}) == Role(VECTOR)
 
 
-@given(
-    st.sampled_from(NAMED + TRANSPOSED), st.integers(0, 999), st.sampled_from(["", "model.", "module.a_b."])
-)
+@given(st.sampled_from(NAMED + TRANSPOSED), st.integers(0, 999), st.sampled_from(["", "model.", "module.a_b."]))
 def test_neither_layer_number_nor_prefix_changes_a_role(case, number, prefix):
     model_type, name, shape, _ = case
     renumbered = prefix + re.sub(r"(?<=\.)\d+(?=\.)", str(number), name)
@@ -319,7 +317,5 @@ def test_importing_the_rules_loads_neither_torch_nor_transformers():
         "print([name for name in ('torch', 'transformers', 'accelerate') if name in sys.modules])"
     )
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

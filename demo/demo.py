@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import time
@@ -17,6 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# waiting threads that spin make training four times slower where anything else runs; read as torch loads
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from cache import cached_json, cached_model, key_of

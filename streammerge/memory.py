@@ -14,8 +14,9 @@ LARGEST_SLOT_BYTES = 1 << 20
 SMALLEST_SLOT_BYTES = 64 << 10
 MOST_INPUT_SLOTS = 256
 FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
-# what Python, thread stacks and the matrix libraries' own scratch take; measured in bench/memory.py
-RESERVE_BYTES = 96 << 20
+# what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
+RESERVE_BYTES = 64 << 20
+MATRIX_RESERVE_BYTES = 128 << 20
 # buffers of an element-wise block: merged, delta, base, and three temporaries of torch's own
 BLOCK_BUFFERS = 6
 # a matrix is rounded and written block by block: sum, and two temporaries
@@ -31,12 +32,13 @@ class MemoryPlan:
     input_slots: int
     output_slots: int
     workspace_bytes: int
+    reserve_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """The most that will be taken at once."""
         slots = (self.input_slots + self.output_slots) * self.slot_bytes
-        return slots + self.workspace_bytes + RESERVE_BYTES
+        return slots + self.workspace_bytes + self.reserve_bytes
 
 
 def block_elements(step: Step, slot_bytes: int) -> int:
@@ -79,7 +81,7 @@ def fit_memory(steps: Sequence[Step], budget_bytes: int) -> MemoryPlan:
 def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[MemoryPlan | None, Step]:
     largest = max(steps, key=lambda step: step_workspace_bytes(step, slot_bytes))
     workspace = step_workspace_bytes(largest, slot_bytes)
-    left = budget_bytes - RESERVE_BYTES - workspace - _output_slots(slot_bytes) * slot_bytes
+    left = budget_bytes - _reserve_bytes(steps) - workspace - _output_slots(slot_bytes) * slot_bytes
     fewest = _fewest_slots(steps)
     input_slots = min(max(MOST_INPUT_SLOTS, fewest), left // slot_bytes)
     if input_slots < fewest:
@@ -90,8 +92,13 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[Mem
         input_slots=input_slots,
         output_slots=_output_slots(slot_bytes),
         workspace_bytes=workspace,
+        reserve_bytes=_reserve_bytes(steps),
     )
     return plan, largest
+
+
+def _reserve_bytes(steps: Sequence[Step]) -> int:
+    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if any(step.by_matrix for step in steps) else 0)
 
 
 def _output_slots(slot_bytes: int) -> int:
@@ -109,4 +116,4 @@ def _widest_row_bytes(steps: Sequence[Step]) -> int:
 
 def _needed_bytes(steps: Sequence[Step], slot_bytes: int) -> int:
     workspace = max(step_workspace_bytes(step, slot_bytes) for step in steps)
-    return RESERVE_BYTES + workspace + (_output_slots(slot_bytes) + _fewest_slots(steps)) * slot_bytes
+    return _reserve_bytes(steps) + workspace + (_output_slots(slot_bytes) + _fewest_slots(steps)) * slot_bytes

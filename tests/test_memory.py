@@ -13,6 +13,7 @@ from streammerge.memory import (
     FEWEST_OUTPUT_SLOTS,
     LARGEST_SLOT_BYTES,
     MOST_INPUT_SLOTS,
+    MATRIX_RESERVE_BYTES,
     MOST_OUTPUT_SLOTS,
     OUTPUT_BYTES,
     RESERVE_BYTES,
@@ -126,7 +127,7 @@ def test_a_budget_too_small_names_the_tensor_and_what_it_takes() -> None:
         fit_memory(steps, 300 * MIB)
     kept_base, blocks = 32 * MIB, 3 * 2 * 64 * 1024
     slots = (MOST_OUTPUT_SLOTS + 10) * 64 * 1024
-    needed = RESERVE_BYTES + 500 * MIB + kept_base + blocks + slots
+    needed = RESERVE_BYTES + MATRIX_RESERVE_BYTES + 500 * MIB + kept_base + blocks + slots
     assert raised.value.message == (
         f"the largest step needs a budget of {needed / MIB:.1f} MiB, more than 300.0 MiB: "
         "`lm_head.weight` (actmat, 4 experts)"

@@ -12,8 +12,8 @@ from streammerge.errors import PlanError
 from streammerge.memory import (
     FEWEST_OUTPUT_SLOTS,
     LARGEST_SLOT_BYTES,
-    MOST_INPUT_SLOTS,
     MATRIX_RESERVE_BYTES,
+    MOST_INPUT_SLOTS,
     MOST_OUTPUT_SLOTS,
     OUTPUT_BYTES,
     RESERVE_BYTES,

@@ -74,13 +74,13 @@ class Deltas(ABC):
 class TensorDelta(Delta):
     """The change between two tensors in memory."""
 
-    def __init__(self, index: int, expert: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, index: int, expert: Tensor, base: Tensor) -> None:
         self.index = index
-        self._expert, self._base, self._dtype = expert, base, dtype
+        self._expert, self._base = expert, base
 
     def dense(self, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(self._expert.shape, dtype=self._dtype) if out is None else out
-        return out.copy_(self._expert).sub_(self._base.to(self._dtype))
+        out = torch.empty_like(self._base) if out is None else out
+        return out.copy_(self._expert).sub_(self._base)
 
 
 class TensorDeltas(Deltas):
@@ -92,21 +92,22 @@ class TensorDeltas(Deltas):
 
     def __init__(self, base: Tensor | None, experts: Sequence[Tensor], *, name: str = "tensor") -> None:
         assert experts, "no experts"
-        self._base = experts[0] if base is None else base
+        origin = experts[0] if base is None else base
         self._experts = list(experts)
         self.name = name
-        self.shape = tuple(self._base.shape)
-        wide = any(t.dtype == torch.float64 for t in (self._base, *experts))
+        self.shape = tuple(origin.shape)
+        wide = any(t.dtype == torch.float64 for t in (origin, *experts))
         self.dtype = torch.float64 if wide else torch.float32
+        self._base = origin.to(self.dtype)
         self.experts = len(experts)
         self.facts = {}
 
     def __iter__(self) -> Iterator[Delta]:
         for index, expert in enumerate(self._experts):
-            yield TensorDelta(index, expert, self._base, self.dtype)
+            yield TensorDelta(index, expert, self._base)
 
     def base(self) -> Tensor:
-        return self._base.to(self.dtype)
+        return self._base
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)

@@ -12,7 +12,7 @@ EPS32 = 2.0**-23
 # rows worked on at a time, width of a Cholesky panel, elements whose squares are summed at a time
 BLOCK_ROWS = 256
 PANEL = 128
-NORM_PANEL = 1 << 16
+NORM_PANEL = 1 << 18
 # packing buffers of the matrix products, and what is smaller
 _SMALL_BYTES = 8 << 20
 

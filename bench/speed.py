@@ -21,6 +21,8 @@ from torch import Tensor
 
 from streammerge.delta import TensorDeltas
 from streammerge.methods.actmat import actmat
+from streammerge.solve.cost import normal_equations
+from streammerge.workspace import Workspace
 from streammerge_kernels.gram import add_gram_, mirror_
 from streammerge_kernels.matmul import fast_matmul
 
@@ -45,8 +47,12 @@ def merges(given: Namespace, base: Tensor, experts: list[Tensor]) -> None:
     deltas = truth.deltas64(base, experts)
     ways: dict[str, Way] = {"paper": partial(truth.paper32, base, experts)}
     errors = {"paper": truth.relative_error(ways["paper"](), truth.formula64("pinv", deltas))}
+    # one workspace for all runs, as a streamed merge has one for all matrices
+    shape = (base.shape[0], base.shape[1])
+    needed = max(normal_equations(shape, 3, {"solver": solver}, 4).workspace_bytes for solver in truth.SOLVERS)
+    workspace = Workspace(needed)
     for solver in truth.SOLVERS:
-        ways[solver] = partial(_actmat, base, experts, solver)
+        ways[solver] = partial(_actmat, base, experts, solver, workspace)
         errors[solver] = truth.relative_error(ways[solver](), truth.formula64(solver, deltas))
         refuse(solver, errors[solver], truth.TOLERANCES[solver])
     lines = []
@@ -111,8 +117,9 @@ def record(
     rows.append(given.results, "speed", shared | {"seconds": seconds} | dict(facts) | {"all_seconds": every})
 
 
-def _actmat(base: Tensor, experts: list[Tensor], solver: truth.Solver) -> Tensor:
-    return actmat(TensorDeltas(base, experts), solver=solver)
+def _actmat(base: Tensor, experts: list[Tensor], solver: truth.Solver, workspace: Workspace) -> Tensor:
+    workspace.reset()
+    return actmat(TensorDeltas(base, experts, workspace=workspace), solver=solver)
 
 
 def _in_mode(mode: str, way: Way) -> Tensor:

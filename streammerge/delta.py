@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from streammerge.workspace import Workspace
+
 PerExpert = float | Sequence[float]
 """A method parameter that a recipe may set for each expert."""
 
@@ -86,11 +88,19 @@ class TensorDelta(Delta):
 class TensorDeltas(Deltas):
     """Deltas of tensors that are in memory: for notebooks, tests and references.
 
-    base     [*shape], any float dtype; None means the first expert, as for a merge without a base
-    experts  each [*shape], any float dtype
+    base       [*shape], any float dtype; None means the first expert, as for a merge without a base
+    experts    each [*shape], any float dtype
+    workspace  where methods take their buffers, as in a streamed merge; the allocator when None
     """
 
-    def __init__(self, base: Tensor | None, experts: Sequence[Tensor], *, name: str = "tensor") -> None:
+    def __init__(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        name: str = "tensor",
+        workspace: Workspace | None = None,
+    ) -> None:
         assert experts, "no experts"
         origin = experts[0] if base is None else base
         self._experts = list(experts)
@@ -99,6 +109,7 @@ class TensorDeltas(Deltas):
         wide = any(t.dtype == torch.float64 for t in (origin, *experts))
         self.dtype = torch.float64 if wide else torch.float32
         self._base = origin.to(self.dtype)
+        self._workspace = workspace
         self.experts = len(experts)
         self.facts = {}
 
@@ -110,4 +121,6 @@ class TensorDeltas(Deltas):
         return self._base
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self._workspace is not None:
+            return self._workspace.empty(shape, dtype or self.dtype)
         return torch.empty(shape, dtype=dtype or self.dtype)

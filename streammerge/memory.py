@@ -9,7 +9,7 @@ from streammerge.budget import format_bytes
 from streammerge.errors import PlanError, quoted
 from streammerge.step import Step
 
-# a block's float32 buffers stay in cache: 1.1B `linear` 5.6 s, with 4 MiB 6.6 s
+# so small that a block's float32 buffers stay in cache
 LARGEST_SLOT_BYTES = 1 << 20
 SMALLEST_SLOT_BYTES = 64 << 10
 MOST_INPUT_SLOTS = 256

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from streammerge_kernels.choice import twin
 
 # measured best at n = 1024 to 4096, both CPU libraries: rectangles by halving down to 512, then rows of 128
 _TRIANGLE = 512
 _PANEL = 128
 _STRIP = 64
+# elements of a float16 matrix converted at a time: 32 MiB of float32
+_CONVERTED = 1 << 23
 
 
 def add_gram_(out: Tensor, x: Tensor) -> Tensor:
     """Add XᵀX to `out` on and below the diagonal; mirror_ fills the rest.
 
     out  [n, n]  float32 or float64; what lies above the diagonal is left in no particular state
-    x    [k, n]  the same dtype, any strides: `add_gram_(out, d.mT)` adds D Dᵀ
+    x    [k, n]  the same dtype, any strides: `add_gram_(out, d.mT)` adds D Dᵀ. float16, too, where out is
+                 float32: products and sums are then float32's
 
-    Does k·n² operations instead of the 2·k·n² of a full product, with no temporary. Returns `out`.
+    Batches, [B, ...] each, work too. Does k·n² operations instead of the 2·k·n² of a full product, with no
+    temporary but these: float16 is converted on the CPU 32 MiB at a time, and by torch on a GPU becomes a
+    full product, which takes 4 bytes per element of `out`. Returns `out`.
     """
-    assert out.shape == (x.shape[1], x.shape[1]), f"out is {tuple(out.shape)} for x {tuple(x.shape)}"
-    _add_triangle(out, x, x.mT, 0, x.shape[1])
+    n = x.shape[-1]
+    assert out.shape == (*x.shape[:-2], n, n), f"out is {tuple(out.shape)} for x {tuple(x.shape)}"
+    if (faster := twin("gram", x, n)) is not None:
+        return faster.add_gram_(out, x)  # type: ignore[no-any-return]
+    if x.device.type == "cuda" and x.dtype == torch.float16 and x.numel() > 0:
+        multiply = torch.mm if x.ndim == 2 else torch.bmm
+        return out.add_(multiply(x.mT, x, out_dtype=torch.float32))
+    if x.ndim == 3:
+        for matrix, operand in zip(out, x, strict=True):
+            _add_gram(matrix, operand)
+    else:
+        _add_gram(out, x)
     return out
+
+
+def _add_gram(out: Tensor, x: Tensor) -> None:
+    k, n = x.shape
+    if x.dtype != torch.float16:
+        _add_triangle(out, x, x.mT, 0, n)
+        return
+    rows = max(_CONVERTED // max(n, 1), 1)
+    for start in range(0, k, rows):
+        panel = x[start : start + rows].float()
+        _add_triangle(out, panel, panel.mT, 0, n)
 
 
 def _add_triangle(out: Tensor, x: Tensor, xt: Tensor, start: int, stop: int) -> None:
@@ -37,12 +66,14 @@ def _add_triangle(out: Tensor, x: Tensor, xt: Tensor, start: int, stop: int) -> 
 
 
 def mirror_(out: Tensor) -> Tensor:
-    """Copy the lower triangle of `out` [n, n] onto the upper one, in place; exactly symmetric after."""
-    n = out.shape[0]
+    """Copy the lower triangle of `out` [n, n] or [B, n, n] onto the upper one, in place; exactly symmetric after."""
+    n = out.shape[-1]
+    if (faster := twin("gram", out, n)) is not None:
+        return faster.mirror_(out)  # type: ignore[no-any-return]
     for start in range(0, n, _STRIP):
         end = min(start + _STRIP, n)
-        corner = out[start:end, start:end]
+        corner = out[..., start:end, start:end]
         corner.copy_(corner.tril() + corner.tril(-1).mT)
         # reading the strip once in order is 3 to 5 times faster than copying its transposed view
-        out[start:end, end:] = out[end:, start:end].contiguous().mT
+        out[..., start:end, end:] = out[..., end:, start:end].contiguous().mT
     return out

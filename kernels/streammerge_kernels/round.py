@@ -18,8 +18,9 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _DRAWS_PER_COUNT = 8
-# elements rounded at a time: the integer temporaries then stay in cache
+# elements rounded at a time: the integer temporaries then stay in a CPU's cache; a GPU wants few launches
 _CHUNK = 1 << 15
+_DEVICE_CHUNK = 1 << 22
 
 
 def round_to(
@@ -52,12 +53,13 @@ def round_to(
         return out.copy_(values)
     source, target = values.view(-1), out.view(-1)
     words = key(seed, name)
-    for start in range(0, source.numel(), _CHUNK):
-        chunk = source[start : start + _CHUNK].float()
-        bits = draws(words, first_index + start, chunk.numel())
+    size = _CHUNK if values.device.type == "cpu" else _DEVICE_CHUNK
+    for start in range(0, source.numel(), size):
+        chunk = source[start : start + size].float()
+        bits = draws(words, first_index + start, chunk.numel(), values.device)
         up_or_down = _to_bfloat16 if dtype == torch.bfloat16 else _to_float16
         rounded = up_or_down(chunk, bits)
-        target[start : start + _CHUNK] = torch.where(chunk.isfinite(), rounded, chunk.to(dtype))
+        target[start : start + size] = torch.where(chunk.isfinite(), rounded, chunk.to(dtype))
     return out
 
 
@@ -67,17 +69,24 @@ def key(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def draws(words: tuple[int, int], first_index: int, count: int) -> Tensor:
+def draws(words: tuple[int, int], first_index: int, count: int, device: torch.device | str | None = None) -> Tensor:
     """The 16 random bits of elements first_index … first_index + count - 1: [count] int64 in [0, 2¹⁶).
 
     Element i takes half i mod 8 of Philox block i // 8, the low half of a word before its high half.
     """
     first_block, skipped = divmod(first_index, _DRAWS_PER_COUNT)
     blocks = -(-(skipped + count) // _DRAWS_PER_COUNT)
-    counter = torch.arange(first_block, first_block + blocks, dtype=torch.int64)
-    lanes = torch.stack(philox(counter, words), dim=1)  # [blocks, 4]
+    lanes = random_lanes(words, first_block, blocks, device)
     halves = torch.stack((lanes & 0xFFFF, lanes >> 16), dim=2).view(-1)  # [blocks * 8]
     return halves[skipped : skipped + count]
+
+
+def random_lanes(
+    words: tuple[int, int], first_count: int, counts: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Philox of the counters first_count, first_count + 1, ...: [counts, 4] int64 in [0, 2³²)."""
+    counter = torch.arange(first_count, first_count + counts, dtype=torch.int64, device=device)
+    return torch.stack(philox(counter, words), dim=1)
 
 
 def philox(counter: Tensor, words: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streammerge import devices
 from streammerge.budget import parse_bytes
 from streammerge.checkpoint import Storage
-from streammerge.errors import StreamMergeError, quoted
+from streammerge.errors import StreamMergeError
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import partial_folder, refuse_taken
 from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk, make_plan
@@ -23,6 +23,7 @@ from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from streammerge.device_stream import DeviceStream
     from streammerge.report import Report
     from streammerge.stream import Stream
     from streammerge.verification import Verification
@@ -38,6 +39,8 @@ def plan(
     *,
     memory: str | int | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_BYTES,
+    device: str = "cpu",
+    device_memory: str | int | None = None,
     storage: Storage | None = None,
 ) -> Plan:
     """Decide everything about a merge from headers alone, without loading torch.
@@ -45,14 +48,32 @@ def plan(
     recipe          a YAML file's path, a dict with the same keys, or a Recipe
     memory          the budget, in bytes or as "4GiB"; by default half of what is available
     max_shard_size  the most data one output file holds, in bytes or as "5GB"
+    device          "cpu", "cuda" or "cuda:1"
+    device_memory   the budget on that device; by default 80 % of what is free there. With it the device
+                    itself is not asked for: a plan for another machine
 
     Raises StreamMergeError for everything that would keep the merge from ending well and that headers show.
     """
+    device = devices.canonical(device)
+    if device == "cpu" and device_memory is not None:
+        raise StreamMergeError(
+            "`device_memory` is set for `cpu`, whose memory is `memory`", hint="Set `device: cuda`, or `memory` alone."
+        )
+    loaded = Recipe.load(recipe)
+    if device == "cpu":
+        device_bytes = None
+    elif device_memory is None:
+        devices.refuse_absent(device)
+        device_bytes = devices.free_memory_bytes(device)
+    else:
+        device_bytes = parse_bytes(device_memory)
     return make_plan(
-        Recipe.load(recipe),
+        loaded,
         storage or LocalStorage(),
         memory_bytes=None if memory is None else parse_bytes(memory),
         max_shard_bytes=parse_bytes(max_shard_size),
+        device=device,
+        device_memory_bytes=device_bytes,
     )
 
 
@@ -63,22 +84,29 @@ def merge(
     memory: str | int | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_BYTES,
     device: str = "cpu",
+    device_memory: str | int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
 ) -> Report:
     """Merge models into the new folder `out`, inside a memory budget, and say what happened.
 
-    recipe, memory, max_shard_size  as for `plan`
+    recipe, memory, max_shard_size, device, device_memory  as for `plan`
     resume    continue an interrupted merge of the same recipe and inputs; the bytes are the same
     progress  told the bytes read so far and in all, after each block
 
     `out` appears complete or not at all; until then `out.partial` holds what is done.
     Raises StreamMergeError, before the first byte is written wherever that is possible.
     """
-    refuse_device(device)
     storage = storage or LocalStorage()
-    planned = plan(recipe, memory=memory, max_shard_size=max_shard_size, storage=storage)
+    planned = plan(
+        recipe,
+        memory=memory,
+        max_shard_size=max_shard_size,
+        device=device,
+        device_memory=device_memory,
+        storage=storage,
+    )
     return run(planned, os.fspath(out), storage, resume=resume, progress=progress)
 
 
@@ -88,16 +116,16 @@ def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, prog
     refuse_taken(out, resume=resume)
     if not (resume and partial_folder(Path(os.path.abspath(out))).exists()):
         check_disk(planned, out)
-    _let_threads_sleep()
+    devices.refuse_absent(planned.device)
+    devices.prepare_torch()
     # torch takes seconds to load, and everything above refuses without it
     from streammerge.folder import REPORT_NAME, side_files
-    from streammerge.stream import Stream
     from streammerge.write import Writer
 
     beside = side_files(planned, storage)
     with Writer(out, planned.layout, planned.fingerprint(), resume=resume) as writer:
         done = set(writer.checksums)
-        with Stream(planned, storage, skip=done) as stream:
+        with _engine(planned)(planned, storage, skip=done) as stream:
             for block in stream:
                 writer.write(block)
                 if progress:
@@ -123,23 +151,19 @@ def verify(out: str | os.PathLike[str], *, storage: Storage | None = None) -> Ve
     return check(os.fspath(out), storage or LocalStorage())
 
 
-def refuse_device(device: str) -> None:
-    """Raise StreamMergeError for a device that this version does not merge on."""
-    if device != "cpu":
-        raise StreamMergeError(
-            f"{quoted(device)} is not a device to merge on: found {quoted(device)}, expected `cpu`",
-            hint="This version merges on the CPU.",
-        )
+def _engine(planned: Plan) -> type[Stream] | type[DeviceStream]:
+    if planned.device_memory is None:
+        from streammerge.stream import Stream
+
+        return Stream
+    from streammerge.device_stream import DeviceStream
+
+    return DeviceStream
 
 
-def _let_threads_sleep() -> None:
-    # OpenMP's threads spin while they wait, on cores that reading, writing or other programs need: on busy
-    # cores a merge takes many times as long. Read once, as torch is loaded
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _report(planned: Plan, out: str, stream: Stream, writer: Writer, resumed: int, wall_seconds: float) -> Report:
+def _report(
+    planned: Plan, out: str, stream: Stream | DeviceStream, writer: Writer, resumed: int, wall_seconds: float
+) -> Report:
     from streammerge.report import Report, Seconds
 
     return Report(
@@ -153,9 +177,7 @@ def _report(planned: Plan, out: str, stream: Stream, writer: Writer, resumed: in
         memory={
             "budget": planned.memory.budget_bytes,
             "planned": planned.memory.peak_bytes,
-            "workspace_planned": planned.memory.workspace_bytes,
-            "workspace_used": stream.workspace.peak_bytes,
-            "workspace_overdraft": stream.workspace.overdraft_bytes,
+            **stream.memory_facts(),
         },
         seconds=Seconds(
             wall=wall_seconds,
@@ -182,7 +204,7 @@ def _remember_rates(planned: Plan, report: Report) -> None:
     if report.resumed_tensors or seconds.wall < 2:
         return
     save_rates(
-        planned.kind,
+        planned.rates_key,
         Rates(
             report.read_bytes / max(seconds.reading, 1e-9),
             report.written_bytes / max(seconds.writing, 1e-9),

@@ -34,6 +34,12 @@ shard_option = click.option(
     default=str(DEFAULT_SHARD_BYTES),
     help="Size of output files. Default: 5GB.",
 )
+device_option = click.option(
+    "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:N. Default: cpu."
+)
+device_memory_option = click.option(
+    "--device-memory", metavar="SIZE", help="Budget on that device. Default: 80 % of what is free there."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -59,7 +65,8 @@ Examples:
 @click.option("--method", metavar="NAME", help="Merge method, instead of a recipe. Default: actmat.")
 @memory_option
 @shard_option
-@click.option("--device", default="cpu", metavar="NAME", help="Where to compute: cpu.")
+@device_option
+@device_memory_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same inputs.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -71,15 +78,22 @@ def merge(
     memory: str | None,
     max_shard_size: str,
     device: str,
+    device_memory: str | None,
     resume: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Merge models into the new folder OUT."""
     recipe, out = _recipe_and_out(arguments, base, experts, method)
-    api.refuse_device(device)
     storage = LocalStorage()
-    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size, storage=storage)
+    planned = api.plan(
+        recipe,
+        memory=memory,
+        max_shard_size=max_shard_size,
+        device=device,
+        device_memory=device_memory,
+        storage=storage,
+    )
     _warn(planned)
     try:
         with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
@@ -99,10 +113,20 @@ def merge(
 @click.argument("out", default=".")
 @memory_option
 @shard_option
+@device_option
+@device_memory_option
 @json_option
-def plan(recipe: str, out: str, memory: str | None, max_shard_size: str, as_json: bool) -> None:
+def plan(
+    recipe: str,
+    out: str,
+    memory: str | None,
+    max_shard_size: str,
+    device: str,
+    device_memory: str | None,
+    as_json: bool,
+) -> None:
     """Show what a merge would do: bytes, memory, disk."""
-    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size)
+    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size, device=device, device_memory=device_memory)
     _warn(planned)
     needed, free = check_disk(planned, out)
     click.echo(json.dumps(_plan_json(planned, needed, free)) if as_json else _plan_text(planned, needed, free))
@@ -235,10 +259,19 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
         f"  read      {format_bytes(planned.read_bytes)} from {files} files",
         f"  write     {format_bytes(needed)} to {len(planned.layout.shards)} shards; {format_bytes(free)} free",
         f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}",
+        *_device_lines(planned),
         f"  compute   {planned.flops / 1e12:.2f} TFLOP",
         f"  time      {'unknown before the first merge here' if seconds is None else f'about {seconds:.0f} s'}",
     ]
     return "\n".join(lines)
+
+
+def _device_lines(planned: Plan) -> list[str]:
+    device = planned.device_memory
+    if device is None:
+        return []
+    at_most = f"at most {format_bytes(device.largest_step_bytes)} a step of {format_bytes(device.budget_bytes)}"
+    return [f"  device    {at_most} on {planned.device}"]
 
 
 def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
@@ -250,6 +283,8 @@ def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
         "disk_free_bytes": free,
         "memory_bytes": planned.memory.peak_bytes,
         "budget_bytes": planned.memory.budget_bytes,
+        "device": planned.device,
+        "device_budget_bytes": planned.device_memory.budget_bytes if planned.device_memory else None,
         "flops": planned.flops,
         "predicted_seconds": planned.predicted_seconds,
         "shards": [shard.file for shard in planned.layout.shards],

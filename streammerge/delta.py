@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streammerge.workspace import Workspace
+from streammerge_kernels.delta_pack import Packed
 
 PerExpert = float | Sequence[float]
 """A method parameter that a recipe may set for each expert."""
@@ -35,6 +36,7 @@ class Deltas(ABC):
     name       the tensor's name, for messages and random keys
     shape      [out, in] for a method that streams by matrix; else the block's own shape
     dtype      the dtype of the arithmetic: float32, or float64 for float64 checkpoints
+    device     where the tensors are
     experts    how many experts there are
     facts      what the method notes for the report
     """
@@ -42,6 +44,7 @@ class Deltas(ABC):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     experts: int
     facts: dict[str, float | int | str | bool]
 
@@ -56,6 +59,17 @@ class Deltas(ABC):
     @abstractmethod
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised buffer from the step's workspace, valid until the step ends."""
+
+    def packed(self) -> Packed | None:
+        """All changes in the matrix kernels' working format, or None where that is no gain: on the CPU, in float64."""
+        return None
+
+    def weighted_sum(self, weights: Sequence[float]) -> Tensor:
+        """Σ w_t (W_t - W_0), [*shape], in a buffer of the step's workspace."""
+        merged = self.zeros(*self.shape)
+        for weight, delta in zip(weights, self, strict=True):
+            merged.add_(delta.dense(), alpha=weight)
+        return merged
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A zeroed buffer from the step's workspace, valid until the step ends."""
@@ -108,6 +122,7 @@ class TensorDeltas(Deltas):
         self.shape = tuple(origin.shape)
         wide = any(t.dtype == torch.float64 for t in (origin, *experts))
         self.dtype = torch.float64 if wide else torch.float32
+        self.device = origin.device
         self._base = origin.to(self.dtype)
         self._workspace = workspace
         self.experts = len(experts)
@@ -123,4 +138,4 @@ class TensorDeltas(Deltas):
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self._workspace is not None:
             return self._workspace.empty(shape, dtype or self.dtype)
-        return torch.empty(shape, dtype=dtype or self.dtype)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

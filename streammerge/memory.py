@@ -9,6 +9,8 @@ from streammerge.budget import format_bytes
 from streammerge.errors import PlanError, quoted
 from streammerge.step import Step
 
+# large enough for the bus to an accelerator to run at its rate, and for as much to be read ahead as it computes on
+STAGED_SLOT_BYTES, STAGED_INPUT_BYTES = 8 << 20, 1 << 30
 # so small that a block's float32 buffers stay in cache
 LARGEST_SLOT_BYTES = 1 << 20
 SMALLEST_SLOT_BYTES = 64 << 10
@@ -58,19 +60,22 @@ def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
 
 
-def fit_memory(steps: Sequence[Step], budget_bytes: int) -> MemoryPlan:
-    """Cut the budget so that every step fits. Raises PlanError naming the step that cannot."""
+def fit_memory(steps: Sequence[Step], budget_bytes: int, *, staged: bool = False) -> MemoryPlan:
+    """Cut the budget so that every step fits. Raises PlanError naming the step that cannot.
+
+    staged  slots only: workspace lies in an accelerator's memory
+    """
     # a multiple of 64, so that every slot is aligned for any dtype
-    slot_bytes = max(LARGEST_SLOT_BYTES, -(-_widest_row_bytes(steps) // 64) * 64)
+    slot_bytes = max(STAGED_SLOT_BYTES if staged else LARGEST_SLOT_BYTES, -(-_widest_row_bytes(steps) // 64) * 64)
     while True:
-        plan, largest = _cut(steps, budget_bytes, slot_bytes)
+        plan, largest = _cut(steps, budget_bytes, slot_bytes, staged)
         if plan is not None:
             return plan
         smaller = slot_bytes // 128 * 64
         if smaller < max(SMALLEST_SLOT_BYTES, _widest_row_bytes(steps)):
             break
         slot_bytes = smaller
-    needed = _needed_bytes(steps, slot_bytes)
+    needed = _needed_bytes(steps, slot_bytes, staged)
     raise PlanError(
         f"the largest step needs a budget of {format_bytes(needed)}, more than {format_bytes(budget_bytes)}: "
         f"{quoted(largest.name)} ({largest.method}, {len(largest.experts)} experts)",
@@ -78,12 +83,14 @@ def fit_memory(steps: Sequence[Step], budget_bytes: int) -> MemoryPlan:
     )
 
 
-def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[MemoryPlan | None, Step]:
+def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool) -> tuple[MemoryPlan | None, Step]:
     largest = max(steps, key=lambda step: step_workspace_bytes(step, slot_bytes))
-    workspace = step_workspace_bytes(largest, slot_bytes)
-    left = budget_bytes - _reserve_bytes(steps) - workspace - _output_slots(slot_bytes) * slot_bytes
+    workspace = 0 if staged else step_workspace_bytes(largest, slot_bytes)
+    reserve = _reserve_bytes(steps, staged)
+    left = budget_bytes - reserve - workspace - _output_slots(slot_bytes) * slot_bytes
     fewest = _fewest_slots(steps)
-    input_slots = min(max(MOST_INPUT_SLOTS, fewest), left // slot_bytes)
+    most = min(STAGED_INPUT_BYTES // slot_bytes, MOST_INPUT_SLOTS) if staged else MOST_INPUT_SLOTS
+    input_slots = min(max(most, fewest), left // slot_bytes)
     if input_slots < fewest:
         return None, largest
     plan = MemoryPlan(
@@ -92,13 +99,14 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> tuple[Mem
         input_slots=input_slots,
         output_slots=_output_slots(slot_bytes),
         workspace_bytes=workspace,
-        reserve_bytes=_reserve_bytes(steps),
+        reserve_bytes=reserve,
     )
     return plan, largest
 
 
-def _reserve_bytes(steps: Sequence[Step]) -> int:
-    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if any(step.by_matrix for step in steps) else 0)
+def _reserve_bytes(steps: Sequence[Step], staged: bool) -> int:
+    by_matrix = any(step.by_matrix for step in steps) and not staged
+    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0)
 
 
 def _output_slots(slot_bytes: int) -> int:
@@ -114,6 +122,7 @@ def _widest_row_bytes(steps: Sequence[Step]) -> int:
     return max((step.shape[1] * step.element_bytes for step in steps if step.by_matrix), default=1)
 
 
-def _needed_bytes(steps: Sequence[Step], slot_bytes: int) -> int:
-    workspace = max(step_workspace_bytes(step, slot_bytes) for step in steps)
-    return _reserve_bytes(steps) + workspace + (_output_slots(slot_bytes) + _fewest_slots(steps)) * slot_bytes
+def _needed_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
+    workspace = 0 if staged else max(step_workspace_bytes(step, slot_bytes) for step in steps)
+    slots = _output_slots(slot_bytes) + _fewest_slots(steps)
+    return _reserve_bytes(steps, staged) + workspace + slots * slot_bytes

@@ -15,6 +15,7 @@ from streammerge import methods
 from streammerge.budget import available_memory_bytes, format_bytes
 from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry, load_checkpoint
 from streammerge.compare import differences
+from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_device_bytes
 from streammerge.errors import PlanError, escaped, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
@@ -34,6 +35,7 @@ class Plan:
 
     models  the base, if the recipe names one, then the experts
     names   what messages call them
+    device, device_memory  where the arithmetic runs; None where that is in host memory, as part of `memory`
     """
 
     recipe: Recipe
@@ -43,6 +45,8 @@ class Plan:
     layout: Layout
     memory: MemoryPlan
     warnings: tuple[str, ...]
+    device: str = "cpu"
+    device_memory: DeviceMemoryPlan | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -55,24 +59,29 @@ class Plan:
         return sum(step.flops for step in self.steps)
 
     def workspace_bytes(self, step: Step) -> int:
-        """What a step takes beside the slots."""
+        """What a step takes beside the slots: of host memory, or of the device's."""
+        if self.device_memory:
+            return step_device_bytes(step, self.memory.slot_bytes)
         return step_workspace_bytes(step, self.memory.slot_bytes)
 
     @property
-    def kind(self) -> methods.StreamsBy:
-        """Whether the recipe's method streams by element or by matrix."""
-        return methods.describe(self.recipe.method).streams_by
+    def rates_key(self) -> str:
+        """Which earlier merges tell how fast this one goes: those that stream as its method does, on its device."""
+        kind = methods.describe(self.recipe.method).streams_by
+        return f"{kind} on {self.device}" if self.device_memory else kind
 
     @property
     def predicted_seconds(self) -> float | None:
         """Wall time at the rates of earlier merges on this machine; None before the first."""
-        rates = load_rates(self.kind)
+        rates = load_rates(self.rates_key)
         return rates.seconds(self.read_bytes, self.layout.total_bytes, self.flops) if rates else None
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted merge and its resumption."""
         return {
             "recipe": self.recipe.to_dict(),
+            # another kind of device rounds otherwise
+            "device": self.device.partition(":")[0],
             "models": {
                 name: {
                     file: {**asdict(model.files[file]), "header_sha256": digest}
@@ -90,11 +99,15 @@ def make_plan(
     *,
     memory_bytes: int | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: str = "cpu",
+    device_memory_bytes: int | None = None,
 ) -> Plan:
     """Read the models' headers and decide everything.
 
-    memory_bytes     the budget; half of what is available when None
-    max_shard_bytes  the most data one output file holds
+    memory_bytes         the budget; half of what is available when None
+    max_shard_bytes      the most data one output file holds
+    device               torch's name of where the arithmetic runs
+    device_memory_bytes  the budget there; None keeps the arithmetic in host memory
 
     Raises CheckpointError for unsound files, PlanError for models that do not fit together or a budget
     too small for the largest step. Nothing is written.
@@ -107,14 +120,19 @@ def make_plan(
     experts = range(1 if recipe.base else 0, len(models))
     steps = _steps(recipe, models, experts)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
+    memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
     return Plan(
         recipe=recipe,
         models=models,
         names=names,
         steps=steps,
         layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
-        memory=fit_memory(steps, budget),
+        memory=memory,
         warnings=tuple(recipe.warnings) + _warnings(recipe, models, names, steps),
+        device=device,
+        device_memory=None
+        if device_memory_bytes is None
+        else fit_device_memory(steps, device_memory_bytes, memory.slot_bytes),
     )
 
 
@@ -216,6 +234,7 @@ def _step(
         passes=cost.passes,
         flops=cost.flops,
         workspace_bytes=cost.workspace_bytes,
+        device_bytes=cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes,
     )
 
 

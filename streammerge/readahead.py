@@ -55,6 +55,7 @@ class ReadAhead:
 
     requests  in the order in which they will be taken
     slots     how many buffers of `slot_bytes` there are; no request is larger than one
+    memory    what the slots are cut from, uint8; fresh memory when None
 
     `take` gives the next fulfilled request; `give_back` frees its slot. An error in the thread is raised
     by `take`. `busy_seconds` is time spent reading; `waited_seconds` is time `take` spent waiting.
@@ -68,6 +69,7 @@ class ReadAhead:
         *,
         slots: int,
         slot_bytes: int,
+        memory: Tensor | None = None,
     ) -> None:
         self.busy_seconds = 0.0
         self.waited_seconds = 0.0
@@ -77,7 +79,7 @@ class ReadAhead:
         self._slot_bytes = slot_bytes
         # None says that there will be no more
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        memory = torch.empty(slots * slot_bytes, dtype=torch.uint8)
+        memory = torch.empty(slots * slot_bytes, dtype=torch.uint8) if memory is None else memory
         for i in range(slots):
             self._free.put(Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]))
         self._ready: queue.SimpleQueue[Slot | BaseException] = queue.SimpleQueue()

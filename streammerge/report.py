@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.budget import format_bytes
 from streammerge.errors import OutputError, quoted
-from streammerge.stream import Outcome
+from streammerge.outcome import Outcome
 
 FORMAT = 1
 

@@ -21,6 +21,7 @@ class Step:
     models     which of the plan's models `base` (if any) and then `experts` lie in
     dtype      the output's
     arguments  the method function's keyword arguments
+    workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
     name: str
@@ -35,6 +36,7 @@ class Step:
     passes: int
     flops: int
     workspace_bytes: int
+    device_bytes: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:

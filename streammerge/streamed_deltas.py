@@ -10,9 +10,9 @@ from torch import Tensor
 
 from streammerge.checkpoint import TensorEntry
 from streammerge.delta import Delta, Deltas
-from streammerge.errors import MergeError, quoted
+from streammerge.outcome import Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
-from streammerge.step import COPY, Step
+from streammerge.step import Step
 from streammerge.workspace import Workspace
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -27,15 +27,16 @@ class Sources:
     """A step's inputs: the origin W_0 (the base, or the first expert) and the experts read beside it.
 
     Without a base the first expert is its own origin: its delta is zero and is not read again.
+    `resident` steps keep all they read, so that further passes cost no reading.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, *, resident: bool = False) -> None:
         self.step = step
         entries = (*((step.base,) if step.base else ()), *step.experts)
         self.origin: tuple[int, TensorEntry] = (step.models[0], entries[0])
         self.moving: tuple[tuple[int, TensorEntry], ...] = tuple(zip(step.models[1:], entries[1:], strict=True))
         # an element-wise block is held whole, so a method's passes cost no reading
-        self.passes = step.passes if step.by_matrix else 1
+        self.passes = step.passes if step.by_matrix and not resident else 1
 
     @property
     def read_bytes(self) -> int:
@@ -100,18 +101,6 @@ class StepReader:
         return data.view(TORCH_DTYPES[request.entry.dtype])
 
 
-class Norms:
-    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows."""
-
-    def __init__(self, experts: int) -> None:
-        self.squared = [0.0] * experts
-
-    @property
-    def mean(self) -> float:
-        """The experts' mean norm."""
-        return sum(math.sqrt(s) for s in self.squared) / len(self.squared)
-
-
 class ElementDeltas(Deltas):
     """One block of a tensor: the runs of every model are held, so iterating again costs no reading."""
 
@@ -128,6 +117,7 @@ class ElementDeltas(Deltas):
         self.name = step.name
         self.shape = tuple(origin.shape)
         self.dtype = compute_dtype(step)
+        self.device = torch.device("cpu")
         self.experts = len(step.experts)
         self.facts = {}
         self.first_element = first_element
@@ -198,6 +188,7 @@ class MatrixDeltas(Deltas):
         rows, columns = step.shape
         self.shape = (columns, rows) if step.role.transposed else (rows, columns)
         self.dtype = compute_dtype(step)
+        self.device = torch.device("cpu")
         self.experts = len(step.experts)
         self.facts = {}
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
@@ -279,24 +270,3 @@ class _MatrixDelta(Delta):
 def compute_dtype(step: Step) -> torch.dtype:
     """The dtype of a step's arithmetic."""
     return torch.float64 if step.compute_bytes == 8 else torch.float32
-
-
-def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int) -> None:
-    """Raise MergeError naming the first NaN or infinity; large finite values pass.
-
-    values         1-D, a run of the tensor as stored
-    first_element  where in the flattened tensor the run begins
-    """
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad) == 0 or step.method == COPY:
-        return
-    flat = int(bad[0]) + first_element
-    index = []
-    for size in reversed(step.shape):
-        index.append(flat % size)
-        flat //= size
-    kind = "NaN" if torch.isnan(values[int(bad[0])]) else "an infinity"
-    raise MergeError(
-        f"{quoted(step.name)} in {quoted(model)} holds {kind} at {index[::-1]}",
-        hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
-    )

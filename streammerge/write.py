@@ -24,8 +24,8 @@ from typing import Any
 from streammerge.errors import OutputError, quoted
 from streammerge.journal import JOURNAL, Journal, os_errors, output_error, partial_folder, refuse_taken
 from streammerge.layout import INDEX_NAME, Layout
+from streammerge.outcome import Block, Outcome
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
-from streammerge.stream import Block, Outcome
 
 FORMAT = 1
 CONFIG = "config.json"

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from streammerge.checkpoint import ByteFile, FileFacts
+from streammerge.outcome import Outcome
 from streammerge.plan import Plan
-from streammerge.stream import Outcome, Stream
+from streammerge.stream import Stream
 from streammerge.streamed_deltas import TORCH_DTYPES
 
 Event = tuple[str, str, int, int]

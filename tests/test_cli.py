@@ -240,7 +240,7 @@ def test_methods_explains_each_method(run, name):
         ("verify nowhere", "`nowhere` does not exist", "Name a model folder."),
         ("merge --base b --expert e --method actmatt out", "unknown method `actmatt`", "Did you mean `actmat`?"),
         ("merge --expert e out", "method `actmat` needs a base model", "Add `base_model`"),
-        ("merge --base b --expert e --device tpu out", "`tpu` is not a device", "This version merges on the CPU."),
+        ("merge --base b --expert e --device tpu out", "`tpu` is not a device", "`cuda` is the first NVIDIA GPU."),
         ("merge recipe.yaml out --memory lots", "`lots` is not a size", "Write a number and a unit"),
         ("merge recipe.yaml out --memory 1MiB", "the largest step needs a budget of", "Pass `--memory"),
         ("merge recipe.yaml out --max-shard-size 0", "`0` is not a size", "Write a number and a unit"),

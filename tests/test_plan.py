@@ -459,7 +459,7 @@ def test_a_disk_with_room_says_how_much(tmp_path: Path) -> None:
 
 def test_time_is_predicted_once_a_merge_of_the_kind_was_measured() -> None:
     by_matrix, by_element = planned(recipe("actmat")), planned(recipe("linear"))
-    assert (by_matrix.kind, by_element.kind) == ("matrix", "element")
+    assert (by_matrix.rates_key, by_element.rates_key) == ("matrix", "element")
     assert by_matrix.predicted_seconds is None
     save_rates("element", Rates(by_element.read_bytes / 7, 1e12, 1e12))
     assert by_element.predicted_seconds == pytest.approx(7.0)

@@ -9,8 +9,8 @@ import pytest
 
 import streammerge
 from streammerge.errors import OutputError
+from streammerge.outcome import Outcome
 from streammerge.report import Report, Seconds, parse_report
-from streammerge.stream import Outcome
 from tests.models import recipe_of
 from tests.stored import tensors_of
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from streammerge import write
 from streammerge.errors import OutputError
 from streammerge.layout import Layout, lay_out
+from streammerge.outcome import Block, Outcome
 from streammerge.storage.output import OutputFile
-from streammerge.stream import Block, Outcome
 from streammerge.write import JOURNAL, Writer
 from tests.stored import models_under, streammerge_threads, tensors_of
 

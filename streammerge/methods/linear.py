@@ -25,9 +25,7 @@ def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -
     weights = deltas.per_expert(weight)
     if normalize:
         weights = normalized(weights, deltas.name)
-    merged = deltas.zeros(*deltas.shape)
-    for share, delta in zip(weights, deltas, strict=True):
-        merged.add_(delta.dense(), alpha=share)
+    merged = deltas.weighted_sum(weights)
     surplus = math.fsum(weights) - 1.0
     if not normalize and surplus != 0.0:
         merged.add_(deltas.base(), alpha=surplus)

@@ -25,7 +25,4 @@ def task_arithmetic(
     weights = deltas.per_expert(weight)
     if normalize:
         weights = normalized(weights, deltas.name)
-    merged = deltas.zeros(*deltas.shape)
-    for share, delta in zip(weights, deltas, strict=True):
-        merged.add_(delta.dense(), alpha=share * lambda_)
-    return merged
+    return deltas.weighted_sum([share * lambda_ for share in weights])

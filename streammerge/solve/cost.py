@@ -15,15 +15,22 @@ PANEL = 128
 NORM_PANEL = 1 << 18
 # packing buffers of the matrix products, and what is smaller
 _SMALL_BYTES = 8 << 20
+# workspaces of cuBLAS and cuSOLVER, partial sums
+_DEVICE_SMALL_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Price of one step: workspace beyond the tensors being read, arithmetic, passes over the experts."""
+    """Price of one step: workspace beyond the tensors being read, arithmetic, passes over the experts.
+
+    device_bytes  the same workspace on an accelerator, what its libraries take included; None where the
+                  method does there what it does on the CPU
+    """
 
     workspace_bytes: int
     flops: int
     passes: int
+    device_bytes: int | None = None
 
 
 def elementwise(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
@@ -72,7 +79,20 @@ def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[s
         workspace_bytes=(elements + panels) * widest + 8 * NORM_PANEL + lapack + _SMALL_BYTES,
         flops=_flops(rows, columns, experts, solver),
         passes=1 if one_pass else 2,
+        device_bytes=_device_bytes(rows, columns, experts, solver, widest, one_pass),
     )
+
+
+def _device_bytes(rows: int, columns: int, experts: int, solver: str, widest: int, one_pass: bool) -> int:
+    """The most of the two forms: what the solver holds, and copies that torch's libraries make of it."""
+    matrix, packed = rows * columns, 2 * experts * rows * columns
+    primal = 0 if one_pass else widest * (4 * columns**2 + 5 * matrix) + 4 * max(rows, columns) ** 2
+    size = min(experts * rows, columns)
+    dual = widest * (4 * size**2 + 2 * rows * size + 3 * matrix) + 4 * rows * size
+    # float64 has no working format: the deltas are stacked as they are
+    dual += 8 * size * columns if widest == 8 else 0
+    spectrum = 0 if solver == "ridge" else 32 * (size if one_pass else columns) ** 2
+    return max(primal, dual) + packed + spectrum + _DEVICE_SMALL_BYTES
 
 
 def _primal_elements(rows: int, columns: int) -> int:

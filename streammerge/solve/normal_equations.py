@@ -5,6 +5,7 @@ A = Σ C_t, N = Σ D_t C_t, C_t = D_tᵀD_t for the experts' changes D_t = W_t -
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,11 @@ from streammerge.delta import Deltas
 from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import EPS32, form, may_escalate
+from streammerge.solve.packed import packed_dual, packed_primal, packed_survey
 from streammerge.solve.spectral import Equilibrated, Ridge, Spectral
 from streammerge.solve.survey import Survey, survey
 from streammerge.solve.systems import System, dual, primal
+from streammerge_kernels.delta_pack import Packed
 from streammerge_kernels.matmul import fast_matmul
 
 SolverName = Literal["ridge", "pinv", "exact"]
@@ -47,7 +50,7 @@ def solve_normal_equations(deltas: Deltas, *, solver: SolverName, ridge: float) 
     """
     if solver == "ridge" and not ridge > 0.0:
         raise MergeError(f"ridge is {ridge}, expected more than 0", hint="Use `solver: exact` for no ridge at all.")
-    with fast_matmul():
+    with fast_matmul() if deltas.device.type == "cpu" else nullcontext():
         return _Solution(deltas, solver, ridge).merged()
 
 
@@ -71,18 +74,24 @@ class _Solution:
         self.one_pass = form(deltas.experts, self.rows, self.columns) == "dual" and solver != "exact"
 
     def merged(self) -> Tensor:
-        seen = survey(self.deltas, self._slot, self.buffers, count_columns=self.solver == "exact")
+        looked = packed_survey(self.deltas, self.solver)
+        packed, seen = looked or (
+            None,
+            survey(self.deltas, self._slot, self.buffers, count_columns=self.solver == "exact"),
+        )
         if not seen.used or (seen.identical and self.anchored):
             self.deltas.note(
                 solver=self.solver if seen.used else "none", form="none", certificate=0.0, escalation="none"
             )
-            return self._slot(0) if seen.used else self._slot(0).zero_()
+            return self._only_change(seen, formed=packed is None)
         is_dual = self.one_pass or form(len(seen.used), self.rows, seen.columns) == "dual"
         if self.solver == "pinv":
             # taken first at the size that the spectrum needs it in
             size = len(seen.used) * self.rows if is_dual else self.columns
             self.buffers.take("spare", torch.float64, size, size)
-        system = self._system(seen, self.deltas.dtype, is_dual)
+        system = (
+            self._packed_system(packed, seen, is_dual) if packed else self._system(seen, self.deltas.dtype, is_dual)
+        )
         solved, escalation = self._solve(system, seen, last=not self.escalates), "none"
         if solved is None and self.escalates:
             system = self._system(seen, torch.float64, is_dual)
@@ -98,6 +107,21 @@ class _Solution:
             return merged
         idle = "stack" if is_dual else "delta"
         return self.buffers.take(idle, self.deltas.dtype, self.rows, self.columns).copy_(merged)
+
+    def _only_change(self, seen: Survey, *, formed: bool) -> Tensor:
+        """What the used experts agree on; `formed` by the survey, in its first slot."""
+        only = self._slot(0) if formed else self.buffers.take("anchor", self.deltas.dtype, self.rows, self.columns)
+        if not seen.used:
+            return only.zero_()
+        for delta in self.deltas if not formed else ():
+            if delta.index == seen.used[0]:
+                return delta.dense(out=only)
+        return only
+
+    def _packed_system(self, packed: Packed, seen: Survey, is_dual: bool) -> System:
+        if is_dual:
+            return packed_dual(packed, seen, self.buffers, anchored=self.anchored, keep_gram=self.solver != "ridge")
+        return packed_primal(packed, seen, self.buffers, ridge_lambda=self._lambda(seen) * seen.scale**2)
 
     def _slot(self, used: int) -> Tensor:
         dtype = self.deltas.dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from streammerge.errors import MergeError
-from streammerge.solve.cholesky import Cholesky
+from streammerge.solve.cholesky import cholesky
 from streammerge.solve.cost import BLOCK_ROWS
 from streammerge.solve.systems import System
 
@@ -22,7 +22,7 @@ class Ridge:
         if matrix is not system.gram:
             matrix.copy_(system.gram)
         matrix.diagonal().add_(ridge_lambda)
-        self._factor = Cholesky(matrix, len(system.right), system.buffers)
+        self._factor = cholesky(matrix, len(system.right), system.buffers)
         self.usable = self._factor.positive
 
     def solve_(self, right: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Equilibrated:
         diagonal.masked_fill_(diagonal == 0, 1.0)
         self._scale = diagonal.rsqrt()
         matrix.copy_(gram).mul_(self._scale).mul_(self._scale[:, None]).diagonal().add_(shift)
-        self._factor = Cholesky(matrix, len(system.right), system.buffers)
+        self._factor = cholesky(matrix, len(system.right), system.buffers)
         # deficient matrices have pivots of about the shift, regular ones of 1e-4 and more
         least = max(10 * shift, size * torch.finfo(gram.dtype).eps)
         self.usable = self._factor.positive and self._factor.smallest_pivot >= least
@@ -65,10 +65,14 @@ class Spectral:
         self._buffers = system.buffers
         size = len(system.gram)
         wide = self._buffers.take("spare", torch.float64, size, size).copy_(system.gram)
-        values = torch.empty(size, dtype=torch.float64)
+        values = torch.empty(size, dtype=torch.float64, device=wide.device)
         try:
-            # LAPACK leaves each eigenvector in a row of `wide`: its columns are the rows of ours
-            torch.linalg.eigh(wide.mT, out=(values, wide.mT))
+            if wide.device.type == "cpu":
+                # LAPACK leaves each eigenvector in a row of `wide`: its columns are the rows of ours
+                torch.linalg.eigh(wide.mT, out=(values, wide.mT))
+            else:
+                values, vectors = torch.linalg.eigh(wide)
+                wide.copy_(vectors.mT)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise MergeError(
                 "the spectrum of the experts' covariance did not converge", hint="Use `solver: ridge`."

@@ -20,6 +20,7 @@ from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
 from streammerge.solve.survey import Survey
 from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.moment import add_product_
 
 
 class Solver(Protocol):
@@ -32,17 +33,17 @@ class Solver(Protocol):
 class System:
     """X H = Y and what turns X into the merged delta.
 
-    anchor   [m, n]  Θ
+    anchor   [m, n]  Θ, or None for zero
     gram     [k, k]  H, both triangles
     right    [m, k]  Y; a solver leaves X here
     spare    [k, k]  memory for a factor; H's own where H is not needed after it was factored
-    stack    [k, n]  S of the dual form, else None
+    stack    [k, n]  S of the dual form, else None; float16 where it comes packed
     buffers  where more memory comes from
 
-    All are in one dtype and multiplied by the survey's scale.
+    All others are in one dtype, and all are multiplied by the survey's scale.
     """
 
-    anchor: Tensor
+    anchor: Tensor | None
     gram: Tensor
     right: Tensor
     spare: Tensor
@@ -57,11 +58,11 @@ class System:
 
     def product(self, x: Tensor) -> Tensor:
         """x [r, k] · H, without H in the dual form: it may have been factored in place."""
-        return x @ self.gram if self.stack is None else (x @ self.stack) @ self.stack.mT
+        return x @ self.gram if self.stack is None else _times(self.spread(x), self.stack.mT)
 
     def spread(self, x: Tensor) -> Tensor:
         """x [r, k] in terms of the matrix's own columns: [r, n]."""
-        return x if self.stack is None else x @ self.stack
+        return x if self.stack is None else _times(x, self.stack)
 
     def certificate(self, right: Tensor, solver: Solver, ridge_lambda: float) -> float:
         """Relative size of one refinement step on the sampled rows: it estimates the error of X.
@@ -71,15 +72,24 @@ class System:
         rows = self.sample()
         x = self.right[rows]
         residual = right - self.product(x) - ridge_lambda * x
-        size = (self.anchor[rows] + self.spread(x)).norm().item()
+        spread = self.spread(x)
+        size = (spread if self.anchor is None else self.anchor[rows] + spread).norm().item()
         step = self.spread(solver.solve_(residual)).norm().item()
         return 0.0 if step == 0.0 else step / size if size > 0.0 else float("inf")
 
     def merged(self) -> Tensor:
-        """Δ [m, n], in the anchor's memory; X must lie in `right`."""
+        """Δ [m, n], in the anchor's memory or X's; X must lie in `right`."""
         if self.stack is None:
-            return self.anchor.add_(self.right)
-        return self.anchor.addmm_(self.right, self.stack)
+            return self.right if self.anchor is None else self.anchor.add_(self.right)
+        if self.anchor is None:
+            return self.spread(self.right)
+        return add_product_(self.anchor, self.right, self.stack)
+
+
+def _times(x: Tensor, stack: Tensor) -> Tensor:
+    if stack.dtype == x.dtype:
+        return x @ stack
+    return add_product_(x.new_zeros(len(x), stack.shape[1]), x, stack)
 
 
 def primal(

@@ -1,0 +1,134 @@
+"""What a merge hands over: runs of output bytes, and what happened to each tensor."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from streammerge.errors import MergeError, StreamMergeError, quoted
+from streammerge.step import COPY, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened to one tensor.
+
+    norm_ratio     norm of the merged delta over the experts' mean delta norm
+    rounding_loss  norm of the output's rounding error over the norm of the merged delta
+    changed        share of the elements whose output differs from the base's
+    """
+
+    name: str
+    method: str
+    facts: dict[str, float | int | str | bool] = field(default_factory=dict)
+    norm_ratio: float | None = None
+    rounding_loss: float | None = None
+    changed: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Block:
+    """A run of output bytes. `release` gives its memory back; `outcome` comes with a tensor's last run."""
+
+    name: str
+    offset: int
+    data: memoryview
+    release: Callable[[], None]
+    outcome: Outcome | None = None
+
+
+class Norms:
+    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows."""
+
+    def __init__(self, experts: int) -> None:
+        self.squared = [0.0] * experts
+
+    @property
+    def mean(self) -> float:
+        """The experts' mean norm."""
+        return sum(math.sqrt(s) for s in self.squared) / len(self.squared)
+
+
+class Tally:
+    """Sums over a tensor's blocks that its outcome is made of."""
+
+    def __init__(self, norms: Norms) -> None:
+        self.norms = norms
+        self._merged_squared = 0.0
+        self._lost_squared = 0.0
+        self._changed = 0
+
+    def count(self, changed: float, merged_squares: float, lost_squares: float) -> None:
+        """Add a block that was rounded: see `streammerge_kernels.apply.Applied`."""
+        self._changed += int(changed)
+        self._merged_squared += merged_squares
+        self._lost_squared += lost_squares
+
+    def settle(self, outcome: Outcome, elements: int) -> None:
+        """Put the sums into the tensor's outcome."""
+        mean, norm = self.norms.mean, math.sqrt(self._merged_squared)
+        if outcome.method == COPY:
+            return
+        outcome.norm_ratio = _ratio(norm, mean)
+        outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
+        outcome.changed = self._changed / elements
+
+
+@contextmanager
+def naming(step: Step) -> Iterator[None]:
+    """Add the step to an error that does not tell of it, a bug's: it keeps its traceback."""
+    try:
+        yield
+    except (StreamMergeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        note = f"while merging {quoted(step.name)} by {quoted(step.method)}"
+        # add_note: from Python 3.11
+        getattr(error, "add_note", logger.error)(note)
+        raise
+
+
+def refuse_overflow(step: Step, bad: int) -> None:
+    """Raise MergeError where `bad` elements of the output are not finite though the inputs were."""
+    if bad:
+        by = "" if step.method == COPY else f" merged by {quoted(step.method)}"
+        raise MergeError(
+            f"{quoted(step.name)}{by} leaves the range of {step.dtype} in {bad} elements",
+            hint="Choose a wider `out_dtype`, such as float32, or another method.",
+        )
+
+
+def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int) -> None:
+    """Raise MergeError naming the first NaN or infinity; large finite values pass.
+
+    values         a run of the tensor as stored, in its order
+    first_element  where in the flattened tensor the run begins
+    """
+    values = values.flatten()
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad) == 0 or step.method == COPY:
+        return
+    flat = int(bad[0]) + first_element
+    index = []
+    for size in reversed(step.shape):
+        index.append(flat % size)
+        flat //= size
+    kind = "NaN" if torch.isnan(values[int(bad[0])]) else "an infinity"
+    raise MergeError(
+        f"{quoted(step.name)} in {quoted(model)} holds {kind} at {index[::-1]}",
+        hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    # of norms that overflowed there is none, and JSON has no word for it
+    return part / whole if whole and math.isfinite(part) and math.isfinite(whole) else None

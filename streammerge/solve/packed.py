@@ -1,0 +1,109 @@
+"""The covariance methods' system from deltas in the matrix kernels' working format, float16 of D · 2¹².
+
+One look at the deltas' facts takes the place of a pass over the experts; products run on matrix units, with
+the float32 factor split in two halves (see `streammerge_kernels.moment`). Y is anchored at zero in the primal
+form and comes out of the Gram itself in the dual one, so nothing is formed twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from streammerge.delta import Deltas
+from streammerge.solve.buffers import Buffers
+from streammerge.solve.survey import Survey
+from streammerge.solve.systems import System
+from streammerge_kernels.delta_pack import SCALE, Packed
+from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.moment import add_moment_
+
+# what may be lost in packing, relative to an expert's change: float16 keeps 2⁻¹² of each entry, which ridge
+# takes over unamplified and the solvers without one multiply by the square root of A's condition number
+MOST_LOST = {"ridge": 2.0**-12, "exact": 2.0**-15, "pinv": 2.0**-15}
+
+
+def packed_survey(deltas: Deltas, solver: str) -> tuple[Packed, Survey] | None:
+    """The deltas as packed and what they show; None where they come dense, or would lose too much in packing."""
+    packed = deltas.packed()
+    if packed is None:
+        return None
+    squares = packed.column_squares
+    facts = torch.stack((squares.sum(1), packed.lost_squares, packed.changed.double(), packed.largest.double()))
+    energies, lost, changed, largest = facts.tolist()
+    fits = all(
+        biggest * SCALE < torch.finfo(torch.float16).max
+        and gone <= MOST_LOST[solver] ** 2 * energy
+        and (energy > 0.0 or not count)
+        for energy, gone, count, biggest in zip(energies, lost, changed, largest, strict=True)
+    )
+    if not fits:
+        return None
+    used = [index for index, energy in enumerate(energies) if energy > 0.0]
+    seen = Survey(
+        used=used,
+        energy=math.fsum(energies),
+        identical=all(_equal(packed, used[0], other) for other in used[1:]),
+        columns=int(torch.count_nonzero(squares.sum(0))),
+        scale=SCALE,
+    )
+    return packed, seen
+
+
+def packed_primal(
+    packed: Packed, seen: Survey, buffers: Buffers, *, ridge_lambda: float, left: bool | None = None
+) -> System:
+    """H = A [n, n] and Y = N + λ·mean D [m, n], in float32 and multiplied by the powers of two of the scale.
+
+    Each moment by the cheaper of D (DᵀD) and (D Dᵀ) D unless `left` says.
+    """
+    changes = [packed.values[index] for index in seen.used]
+    rows, columns = changes[0].shape
+    # every moment takes two products, one for each half of its Gram
+    left = 5 * rows < 4 * columns if left is None else left
+    gram = buffers.take("gram", torch.float32, columns, columns).zero_()
+    spare = buffers.take("spare", torch.float32, columns, columns)
+    right = buffers.take("right", torch.float32, rows, columns).zero_()
+    for change in changes:
+        if left:
+            add_gram_(gram, change)
+            across = buffers.take("across", torch.float32, rows, rows).zero_()
+            add_moment_(right, change, mirror_(add_gram_(across, change.mT)), left=True)
+        else:
+            gram.add_(mirror_(add_gram_(spare.zero_(), change)))
+            add_moment_(right, change, spare)
+    if ridge_lambda:
+        for change in changes:
+            right.add_(change, alpha=ridge_lambda / len(changes))
+    if left:
+        mirror_(gram)
+    return System(anchor=None, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
+
+
+def packed_dual(packed: Packed, seen: Survey, buffers: Buffers, *, anchored: bool, keep_gram: bool) -> System:
+    """H = S Sᵀ [T·m, T·m] and Y from its blocks: D_t D_tᵀ, less the mean of D_s D_tᵀ over s where `anchored`."""
+    values = packed.values if len(seen.used) == len(packed.values) else packed.values[seen.used]
+    experts, rows, columns = values.shape
+    stack, size = values.reshape(-1, columns), experts * rows
+    gram = mirror_(add_gram_(buffers.take("gram", torch.float32, size, size).zero_(), stack.mT))
+    spare = buffers.take("spare", torch.float32, size, size) if keep_gram else gram
+    right = buffers.take("right", torch.float32, rows, size)
+    blocks = gram.view(experts, rows, experts, rows)
+    for number in range(experts):
+        right[:, number * rows : (number + 1) * rows] = blocks[number, :, number]
+    anchor: Tensor | None = None
+    if anchored:
+        anchor = buffers.take("anchor", torch.float32, rows, columns).zero_()
+        for number, change in enumerate(values):
+            right.sub_(blocks[number].view(rows, size), alpha=1.0 / experts)
+            anchor.add_(change, alpha=1.0 / experts)
+    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+
+
+def _equal(packed: Packed, first: int, second: int) -> bool:
+    # the sums are of the exact changes, so they also tell apart what packing made equal
+    return torch.equal(packed.column_squares[first], packed.column_squares[second]) and torch.equal(
+        packed.values[first], packed.values[second]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Deltas(ABC):
     device     where the tensors are
     experts    how many experts there are
     facts      what the method notes for the report
+    whole      shape of the whole tensor, of which this may be a block
+    first_element  where in the flattened whole tensor this block begins
+    seed       the recipe's, for random keys
+    seen       what the method's look at the whole tensor found, where it asks for one
     """
 
     name: str
@@ -47,6 +52,10 @@ class Deltas(ABC):
     device: torch.device
     experts: int
     facts: dict[str, float | int | str | bool]
+    whole: tuple[int, ...]
+    first_element: int = 0
+    seed: int = 0
+    seen: Any = None
 
     @abstractmethod
     def __iter__(self) -> Iterator[Delta]:
@@ -62,6 +71,10 @@ class Deltas(ABC):
 
     def packed(self) -> Packed | None:
         """All changes in the matrix kernels' working format, or None where that is no gain: on the CPU, in float64."""
+        return None
+
+    def beside(self, index: int) -> Tensor | None:
+        """What the recipe gives beside expert `index` for this tensor: a covariance, a diagonal. None without."""
         return None
 
     def weighted_sum(self, weights: Sequence[float]) -> Tensor:
@@ -105,6 +118,7 @@ class TensorDeltas(Deltas):
     base       [*shape], any float dtype; None means the first expert, as for a merge without a base
     experts    each [*shape], any float dtype
     workspace  where methods take their buffers, as in a streamed merge; the allocator when None
+    beside     what each expert has beside it, see `Deltas.beside`
     """
 
     def __init__(
@@ -114,12 +128,16 @@ class TensorDeltas(Deltas):
         *,
         name: str = "tensor",
         workspace: Workspace | None = None,
+        seed: int = 0,
+        beside: Sequence[Tensor | None] | None = None,
     ) -> None:
         assert experts, "no experts"
         origin = experts[0] if base is None else base
         self._experts = list(experts)
         self.name = name
-        self.shape = tuple(origin.shape)
+        self.shape = self.whole = tuple(origin.shape)
+        self.seed = seed
+        self._beside = beside
         wide = any(t.dtype == torch.float64 for t in (origin, *experts))
         self.dtype = torch.float64 if wide else torch.float32
         self.device = origin.device
@@ -134,6 +152,9 @@ class TensorDeltas(Deltas):
 
     def base(self) -> Tensor:
         return self._base
+
+    def beside(self, index: int) -> Tensor | None:
+        return self._beside[index] if self._beside else None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self._workspace is not None:

@@ -31,10 +31,16 @@ class DeviceDeltas(Deltas):
         step: Step,
         origin: Tensor,
         moving: Sequence[Tensor] | Callable[[int], Tensor],
+        *,
+        first_element: int = 0,
+        seed: int = 0,
+        beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         self.name = step.name
+        self.first_element, self.seed, self._beside = first_element, seed, beside
         self._transposed = step.by_matrix and step.role.transposed
         self.shape = tuple(self._seen(origin).shape)
+        self.whole = self.shape if step.by_matrix else step.shape
         self.dtype = compute_dtype(step)
         self.device = origin.device
         self.experts = len(step.experts)
@@ -50,6 +56,12 @@ class DeviceDeltas(Deltas):
 
     def base(self) -> Tensor:
         return self._seen(self.origin).to(self.dtype)
+
+    def beside(self, index: int) -> Tensor | None:
+        found = self._beside(index) if self._beside else None
+        if found is None or self._step.by_matrix:
+            return None if found is None else found.to(self.device)
+        return found.to(self.device, self.dtype).view(self.shape)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

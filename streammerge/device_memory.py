@@ -22,6 +22,11 @@ class DeviceMemoryPlan:
     largest_step_bytes: int
 
 
+def stays_whole(step: Step) -> bool:
+    """Whether a step's inputs lie on the device together: a matrix, or a tensor looked at before it is merged."""
+    return step.by_matrix or (step.looks > 0 and not step.looks_at_model)
+
+
 def step_device_bytes(step: Step, slot_bytes: int) -> int:
     """What one step takes at once: its inputs as stored, the method's workspace, the result.
 
@@ -31,8 +36,9 @@ def step_device_bytes(step: Step, slot_bytes: int) -> int:
         return 0
     block = min(block_elements(step, slot_bytes), step.elements)
     if not step.by_matrix:
-        stored = block * step.element_bytes * len(step.models)
-        return stored + block * (step.compute_bytes * BLOCK_BUFFERS + step.element_bytes)
+        there = step.elements if stays_whole(step) else block
+        stored = there * step.element_bytes * (len(step.models) + 1)
+        return stored + block * step.compute_bytes * BLOCK_BUFFERS + step.device_bytes
     return step.read_bytes + step.device_bytes + step.write_bytes + block * step.compute_bytes * OUTPUT_BUFFERS
 
 

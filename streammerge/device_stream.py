@@ -6,6 +6,7 @@ back; worker threads compute, each on a stream of its own, so that small factori
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -25,12 +26,13 @@ from streammerge import methods
 from streammerge.budget import format_bytes
 from streammerge.checkpoint import Storage
 from streammerge.device_deltas import DeviceDeltas
-from streammerge.device_memory import MOST_AT_ONCE, step_device_bytes
+from streammerge.device_memory import MOST_AT_ONCE, stays_whole, step_device_bytes
 from streammerge.errors import MergeError, quoted
-from streammerge.memory import block_elements
 from streammerge.outcome import Block, Norms, Outcome, Tally, naming, refuse_overflow
 from streammerge.plan import Plan
-from streammerge.readahead import ReadAhead, Request, bytes_of
+from streammerge.readahead import ReadAhead, bytes_of
+from streammerge.schedule import Schedule
+from streammerge.solve.cost import PANEL_ELEMENTS
 from streammerge.step import COPY, Step
 from streammerge.streamed_deltas import TORCH_DTYPES, Sources, StepReader
 from streammerge_kernels.apply import Applied, apply_
@@ -51,8 +53,9 @@ class DeviceStream:
     def __init__(self, plan: Plan, storage: Storage, *, skip: Container[str] = ()) -> None:
         assert plan.device_memory is not None, "the plan has no device memory"
         self._plan, self._budget = plan, plan.device_memory.budget_bytes
-        self._steps = [step for step in plan.steps if step.name not in skip]
-        self.to_read_bytes = sum(Sources(step, resident=True).read_bytes for step in self._steps)
+        self._schedule = Schedule(plan, skip, resident=True)
+        self._looks: dict[str, methods.Look] = {}
+        self.to_read_bytes = self._schedule.read_bytes
         self.output_waited_seconds = 0.0
         self._device = torch.device(plan.device)
         self._library: Any = torch.get_device_module(self._device)
@@ -74,7 +77,12 @@ class DeviceStream:
         # slots whose bytes are on their way to the device, oldest first
         self._departing: deque[tuple[Any, Callable[[], None]]] = deque()
         self.ahead = ReadAhead(
-            storage, plan.models, self._requests(), slots=memory.input_slots, slot_bytes=slot_bytes, memory=inputs
+            storage,
+            plan.models,
+            self._schedule.requests(),
+            slots=memory.input_slots,
+            slot_bytes=slot_bytes,
+            memory=inputs,
         )
 
     def __enter__(self) -> DeviceStream:
@@ -101,8 +109,14 @@ class DeviceStream:
 
     def __iter__(self) -> Iterator[Block]:
         window: deque[_Task] = deque()
-        for step in self._steps:
-            reader = StepReader(self.ahead, Sources(step, resident=True), self._block_elements(step))
+        for number, steps in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
+            for _, step in steps:
+                with naming(step):
+                    self._look_at_model(number, step)
+            for look in self._looks.values():
+                look.finish(number)
+        for step in self._schedule.steps:
+            reader = self._reader(step, self._schedule.sources(step))
             if step.method == COPY:
                 yield from self._drain(window, to=0)
                 yield from self._copy(step, reader)
@@ -127,16 +141,12 @@ class DeviceStream:
         taken = self._library.max_memory_reserved(self._device) if self._device.type == "cuda" else 0
         return {"device_budget": self._budget, "device_used": int(taken)}
 
-    def _requests(self) -> Iterator[Request]:
-        for step in self._steps:
-            yield from Sources(step, resident=True).requests(self._block_elements(step))
-
-    def _block_elements(self, step: Step) -> int:
-        return block_elements(step, self._plan.memory.slot_bytes)
+    def _reader(self, step: Step, sources: Sources) -> StepReader:
+        return StepReader(self.ahead, sources, self._schedule.block_elements(step))
 
     def _tasks(self, shared: _Shared) -> Iterator[_Task]:
-        step, block = shared.step, self._block_elements(shared.step)
-        if step.by_matrix:
+        step, block = shared.step, self._schedule.block_elements(shared.step)
+        if stays_whole(step):
             yield _Task(shared, 0, step.elements, last=True)
             return
         for first in range(0, step.elements, block):
@@ -149,18 +159,24 @@ class DeviceStream:
         sources = Sources(step, resident=True)
         entries = (sources.origin[1], *(entry for _, entry in sources.moving))
         shape = step.shape if step.by_matrix else (task.elements,)
-        block = self._block_elements(step)
+        block = self._schedule.block_elements(step)
         runs = -(-task.elements // block)
         with self._library.stream(self._arriving):
             task.runs = self._places(entries, shape)
-            for number, place in enumerate(task.runs):
-                flat = place.view(-1)
-                begin = number * runs if step.by_matrix else task.first // block * len(entries) + number
-                for run in range(runs):
-                    self._let_slots_go()
-                    data, give_back = reader.take(begin + run)
-                    flat[run * block : run * block + data.numel()].copy_(data, non_blocking=True)
-                    self._departing.append((self._mark(self._arriving), give_back))
+            if step.by_matrix:
+                order = [(model, run, model * runs + run) for model in range(len(entries)) for run in range(runs)]
+            else:
+                first = task.first // block
+                order = [
+                    (model, run, (first + run) * len(entries) + model)
+                    for run in range(runs)
+                    for model in range(len(entries))
+                ]
+            for model, run, position in order:
+                self._let_slots_go()
+                data, give_back = reader.take(position)
+                task.runs[model].view(-1)[run * block : run * block + data.numel()].copy_(data, non_blocking=True)
+                self._departing.append((self._mark(self._arriving), give_back))
             task.staged = self._mark(self._arriving)
 
     def _places(self, entries: Sequence[Any], shape: tuple[int, ...]) -> list[Tensor]:
@@ -218,10 +234,10 @@ class DeviceStream:
     def _merge_matrix(self, task: _Task, out: Tensor, squares: list[float]) -> list[Applied]:
         step = task.shared.step
         moving: Any = self._stacked(task.runs[1:]) if not task.pieces else lambda number: self._again(task, number)
-        deltas = DeviceDeltas(step, task.runs[0], moving)
-        merged = self._merged(task, deltas, 0)
+        deltas = self._deltas(task, task.runs[0], moving, 0)
+        merged = self._merged(task, deltas)
         stored = merged.mT if step.role.transposed else merged
-        rows = self._block_elements(step) // step.shape[1]
+        rows = self._schedule.block_elements(step) // step.shape[1]
         applied = [
             self._apply(step, deltas.origin[row : row + rows], stored[row : row + rows], out[row : row + rows],
                         row * step.shape[1])
@@ -231,31 +247,82 @@ class DeviceStream:
         return applied
 
     def _merge_elements(self, task: _Task, out: Tensor, squares: list[float]) -> list[Applied]:
-        """A block whole or, on the last try, in pieces halved until they fit."""
-        pieces, done = deque([(0, task.elements)]), []
+        """Block by block, after the looks; on the last try in pieces halved until they fit."""
+        step = task.shared.step
+        unit = step.columns if step.by_row else PANEL_ELEMENTS
+        block = self._schedule.block_elements(step)
+        if task.pieces:
+            block = max(block // 16 // unit, 1) * unit
+        pieces = deque((start, min(start + block, task.elements)) for start in range(0, task.elements, block))
+        look = self._looks.get(step.method) if step.looks_at_model else self._look(task, pieces)
+        done = []
         while pieces:
             start, end = pieces.popleft()
             try:
-                done.append(self._merge_piece(task, out, start, end, squares))
+                done.append(self._merge_piece(task, out, start, end, squares, look))
                 continue
             except torch.OutOfMemoryError:
-                if not task.pieces or end - start <= _FEWEST_ELEMENTS:
+                if not task.pieces or step.by_row or end - start <= _FEWEST_ELEMENTS:
                     raise
             middle = (start + end) // 2
             pieces.extendleft([(middle, end), (start, middle)])
         return done
 
-    def _merge_piece(self, task: _Task, out: Tensor, start: int, end: int, squares: list[float]) -> Applied:
-        origin, *moving = (run[start:end] for run in task.runs)
-        deltas = DeviceDeltas(task.shared.step, origin, moving)
-        merged = self._merged(task, deltas, task.first + start)
-        applied = self._apply(task.shared.step, origin, merged, out[start:end], task.first + start)
+    def _look(self, task: _Task, pieces: Sequence[tuple[int, int]]) -> methods.Look | None:
+        """What the step's method must know of the whole tensor, which is there."""
+        step = task.shared.step
+        look: methods.Look | None = None
+        for number in range(step.looks):
+            for start, end in pieces:
+                deltas = self._piece(task, start, end)
+                look = look or methods.describe(step.method).look(deltas, step.arguments)
+                look.look(number, deltas)
+            if look is not None:
+                look.finish(number)
+        return look
+
+    def _look_at_model(self, number: int, step: Step) -> None:
+        """Look at one step's blocks, one at a time: no results leave, and the next look waits for this one anyway."""
+        reader = self._reader(step, self._schedule.look_sources(step))
+        shared = _Shared(step, reader, Outcome(step.name, step.method), Tally(Norms(len(step.experts))))
+        for task in self._tasks(shared):
+            self._stage(task)
+            task.staged.synchronize()
+            deltas = self._piece(task, 0, task.elements)
+            if step.method not in self._looks:
+                self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
+            self._looks[step.method].look(number, deltas)
+
+    def _merge_piece(
+        self, task: _Task, out: Tensor, start: int, end: int, squares: list[float], look: methods.Look | None
+    ) -> Applied:
+        deltas = self._piece(task, start, end)
+        deltas.seen = look
+        merged = self._merged(task, deltas)
+        applied = self._apply(
+            task.shared.step, deltas.origin, merged, out[start:end].view(merged.shape), task.first + start
+        )
         deltas.add_squared_norms(squares)
         return applied
 
-    def _merged(self, task: _Task, deltas: DeviceDeltas, first: int) -> Tensor:
+    def _piece(self, task: _Task, start: int, end: int) -> DeviceDeltas:
         step = task.shared.step
-        deltas.refuse_non_finite(self._plan.names, first)
+        origin, *moving = (run[start:end] for run in task.runs)
+        if step.by_row:
+            origin, moving = origin.view(-1, step.columns), [run.view(-1, step.columns) for run in moving]
+        deltas = self._deltas(task, origin, moving, task.first + start)
+        deltas.refuse_non_finite(self._plan.names, task.first + start)
+        return deltas
+
+    def _deltas(self, task: _Task, origin: Tensor, moving: Any, first: int) -> DeviceDeltas:
+        step = task.shared.step
+        beside = task.shared.reader.beside(first, None if step.by_matrix else origin.numel())
+        return DeviceDeltas(step, origin, moving, first_element=first, seed=self._plan.recipe.seed, beside=beside)
+
+    def _merged(self, task: _Task, deltas: DeviceDeltas) -> Tensor:
+        step = task.shared.step
+        if step.by_matrix:
+            deltas.refuse_non_finite(self._plan.names, 0)
         merged = methods.describe(step.method).load()(deltas, **step.arguments)
         assert merged.shape == deltas.shape, f"{step.method} returned {tuple(merged.shape)} for {deltas.shape}"
         task.shared.outcome.facts.update(deltas.facts)
@@ -271,7 +338,7 @@ class DeviceStream:
     def _again(self, task: _Task, number: int) -> Tensor:
         """One moving input, read again from its file: for a step whose inputs do not fit together."""
         step, reader = task.shared.step, task.shared.reader
-        block = self._block_elements(step)
+        block = self._schedule.block_elements(step)
         runs = -(-step.elements // block)
         entry = Sources(step).moving[number][1]
         place = torch.empty(step.shape, dtype=TORCH_DTYPES[entry.dtype], device=self._device)
@@ -328,7 +395,7 @@ class DeviceStream:
         step, out = task.shared.step, task.out
         assert out is not None, "the task was computed"
         self._record(out, self._leaving)
-        block = self._block_elements(step)
+        block = self._schedule.block_elements(step)
         waiting: tuple[Any, Block] | None = None
         for start in range(0, len(out), block):
             slot = self._free_output()
@@ -352,7 +419,7 @@ class DeviceStream:
 
     def _copy(self, step: Step, reader: StepReader) -> Iterator[Block]:
         """From slot to slot, without the device."""
-        dtype, block = TORCH_DTYPES[step.dtype], self._block_elements(step)
+        dtype, block = TORCH_DTYPES[step.dtype], self._schedule.block_elements(step)
         started, outcome = time.perf_counter(), Outcome(step.name, step.method)
         last = Block(step.name, 0, memoryview(b""), lambda: None)
         for number, first in enumerate(range(0, step.elements, block)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from streammerge.budget import format_bytes
 from streammerge.errors import PlanError, quoted
+from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 from streammerge.step import Step
 
 # large enough for the bus to an accelerator to run at its rate, and for as much to be read ahead as it computes on
@@ -44,11 +45,17 @@ class MemoryPlan:
 
 
 def block_elements(step: Step, slot_bytes: int) -> int:
-    """Elements of one block: what a slot holds, in whole rows for a method that needs the matrix."""
+    """Elements of one block: what a slot holds, in whole rows where the step needs them, else in whole panels."""
     elements = max(slot_bytes // step.element_bytes, 1)
-    if step.by_matrix:
-        elements = elements // step.shape[1] * step.shape[1]
-    return elements
+    if step.by_matrix or step.by_row:
+        return elements // step.columns * step.columns
+    return elements // PANEL * PANEL or elements
+
+
+def is_held(step: Step, slot_bytes: int, input_slots: int) -> bool:
+    """Whether a step's inputs fit the slots beside as many that read ahead, so that looking costs no reading."""
+    blocks = -(-step.elements // max(block_elements(step, slot_bytes), 1))
+    return step.looks > 0 and not step.looks_at_model and blocks * len(step.models) <= input_slots // 2
 
 
 def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
@@ -119,7 +126,7 @@ def _fewest_slots(steps: Sequence[Step]) -> int:
 
 
 def _widest_row_bytes(steps: Sequence[Step]) -> int:
-    return max((step.shape[1] * step.element_bytes for step in steps if step.by_matrix), default=1)
+    return max((step.columns * step.element_bytes for step in steps if step.by_matrix or step.by_row), default=1)
 
 
 def _needed_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:

@@ -33,7 +33,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class Plan:
     """All that will happen, in order.
 
-    models  the base, if the recipe names one, then the experts
+    models  the base, if the recipe names one, then the experts, then what lies beside them
     names   what messages call them
     device, device_memory  where the arithmetic runs; None where that is in host memory, as part of `memory`
     """
@@ -67,7 +67,7 @@ class Plan:
     @property
     def rates_key(self) -> str:
         """Which earlier merges tell how fast this one goes: those that stream as its method does, on its device."""
-        kind = methods.describe(self.recipe.method).streams_by
+        kind = "matrix" if methods.describe(self.recipe.method).streams_by == "matrix" else "element"
         return f"{kind} on {self.device}" if self.device_memory else kind
 
     @property
@@ -118,6 +118,9 @@ def make_plan(
     _refuse_quantised(models, names)
     _refuse_differences(models, names)
     experts = range(1 if recipe.base else 0, len(models))
+    besides = [expert.beside for expert in recipe.experts if expert.beside]
+    models += tuple(load_checkpoint(storage, location) for location in besides)
+    names += tuple(besides)
     steps = _steps(recipe, models, experts)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
@@ -217,8 +220,10 @@ def _step(
             dtype=dtype, by_matrix=False, passes=1, flops=0, workspace_bytes=0,
         )  # fmt: skip
     arguments = recipe.resolve(method, name, position, rule)
-    by_matrix = method.streams_by == "matrix"
+    by_matrix, by_row = method.streams_by == "matrix", method.streams_by == "row"
     shape = _matrix_shape(reference, role) if by_matrix else (1, reference.elements)
+    if by_row and reference.shape:
+        shape = reference.elements // reference.shape[-1], reference.shape[-1]
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
     cost = method.cost(shape, len(entries), arguments, 8 if widest == 8 else 4)
     return Step(
@@ -235,7 +240,36 @@ def _step(
         flops=cost.flops,
         workspace_bytes=cost.workspace_bytes,
         device_bytes=cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes,
+        by_row=by_row,
+        looks_at_model=not by_matrix and cost.passes > 1 and cost.look_scope == "model",
+        beside=_beside(method, models, experts, name, shape if by_matrix else None, reference),
     )
+
+
+def _beside(
+    method: methods.Method,
+    models: Sequence[Checkpoint],
+    experts: range,
+    name: str,
+    matrix: tuple[int, int] | None,
+    reference: TensorEntry,
+) -> tuple[tuple[int, TensorEntry] | None, ...]:
+    """What lies beside each expert for one tensor: [in, in] for a matrix, else the tensor's own shape."""
+    if method.beside is None or len(models) == experts.stop:
+        return ()
+    expected = reference.shape if matrix is None else (matrix[1], matrix[1])
+    found = []
+    for number in range(len(experts)):
+        model = experts.stop + number
+        entry = models[model].tensors.get(name)
+        if entry is not None and (entry.shape != expected or not entry.is_float):
+            raise PlanError(
+                f"{quoted(name)} is {entry.dtype} {list(entry.shape)} in {quoted(models[model].location)}, "
+                f"expected floats {list(expected)}: the {method.beside} of its inputs",
+                hint="`streammerge capture` makes such a folder from the model and a text file.",
+            )
+        found.append(None if entry is None else (model, entry))
+    return tuple(found)
 
 
 def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: TensorEntry) -> methods.Method | None:
@@ -267,7 +301,7 @@ def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: Tensor
         return method
     method = methods.describe(recipe.method)
     is_linear = role.kind in (TensorClass.MATRIX, TensorClass.ROUTER) and len(reference.shape) == 2
-    if method.streams_by == "element" or is_linear:
+    if method.streams_by != "matrix" or is_linear:
         return method
     return methods.describe(FALLBACK)
 

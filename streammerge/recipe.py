@@ -27,10 +27,11 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """A model to merge: a folder, a file or a hub name, and its own settings."""
+    """A model to merge: a folder, a file or a hub name, its own settings, and the data its method needs beside it."""
 
     location: str
     parameters: Mapping[str, Setting] = field(default_factory=dict)
+    beside: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class Recipe:
             "name": self.name,
             "merge_method": self.method,
             "base_model": self.base,
-            "models": [_plain(model=e.location, parameters=_plain_settings(e.parameters)) for e in self.experts],
+            "models": [self._plain_expert(expert) for expert in self.experts],
             "parameters": _plain_settings(self.parameters),
             "rules": [_plain_rule(rule) for rule in self.rules],
             "dtype": self.dtype,
@@ -119,6 +120,10 @@ class Recipe:
             "chat_template": self.chat_template,
         }
         return _plain(**plain)
+
+    def _plain_expert(self, expert: Expert) -> dict[str, object]:
+        beside = {str(methods.describe(self.method).beside): expert.beside}
+        return _plain(model=expert.location, parameters=_plain_settings(expert.parameters), **beside)
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
@@ -142,6 +147,11 @@ class Recipe:
                 arguments[parameter.keyword] = tuple(cast(float, value(settings)) for settings in each)
             else:
                 arguments[parameter.keyword] = value([*first, *last])
+        for parameter in method.parameters.values():
+            inner = arguments[parameter.keyword]
+            if parameter.type == "settings" and isinstance(inner, Mapping):
+                wrapped = methods.describe(str(arguments[parameter.name.removesuffix("_parameters")]))
+                arguments[parameter.keyword] = {wrapped.parameters[name].keyword: v for name, v in inner.items()}
         return arguments
 
     @property
@@ -285,13 +295,15 @@ class _Reader:
     def read_experts(self, node: Located) -> tuple[Expert, ...]:
         experts = []
         for item in node.items("a list of models"):
-            fields = item.fields(("model", "parameters"), _MERGEKIT_MODEL_KEYS)
+            beside = self.method.beside
+            fields = item.fields(("model", "parameters", *([beside] if beside else [])), _MERGEKIT_MODEL_KEYS)
             location = self.location(required(fields, "model", item))
             # configs often list the base too; to a method of changes it has nothing to add
             if self.method.needs_base and _same(location, self.base):
                 continue
             parameters = self.parameters(fields.get("parameters"), self.method, of_expert=True)
-            experts.append(Expert(location=location, parameters=parameters))
+            data = self.found(required(fields, beside, item).text("a folder")) if beside else None
+            experts.append(Expert(location=location, parameters=parameters, beside=data))
         if not experts:
             found = "only the base model" if node.value else "no model"
             raise node.error(f"`models` lists {found}", "List at least one model to merge.")
@@ -348,8 +360,21 @@ class _Reader:
             if of_expert and not parameter.per_expert:
                 hint = "Move it to `parameters` at the top of the recipe."
                 raise value.error(f"`{name}` is one value for the whole merge, found under a model", hint)
-            settings[name] = read_setting(value, parameter)
+            settings[name] = (
+                self.inner(node, value, method) if parameter.type == "settings" else read_setting(value, parameter)
+            )
         return settings
+
+    def inner(self, node: Located | None, value: Located, method: Method) -> Setting:
+        """The parameters of the method that another one wraps, checked against that method: one value each."""
+        wrapped = value.key.removesuffix("_parameters")
+        given = node.mapping().get(wrapped) if node else None
+        rule = _method(given) if given else methods.describe(str(method.parameters[wrapped].default))
+        found = self.parameters(value, rule)
+        plain = {name: setting.value("", 0.0) for name, setting in found.items()}
+        if any(setting.to_plain() != plain[name] for name, setting in found.items()):
+            raise value.error(f"`{value.key}` has one value for each parameter, found a list", "Write a single value.")
+        return Setting(cases=((None, plain),))
 
     def rule(self, node: Located) -> Rule:
         fields = node.fields(("match", "merge_method", "keep", "parameters"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from streammerge.located_yaml import Located
 from streammerge.methods import Parameter
 
-Value = float | int | bool | str
+Value = float | int | bool | str | Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,10 @@ class Step:
     models     which of the plan's models `base` (if any) and then `experts` lie in
     dtype      the output's
     arguments  the method function's keyword arguments
+    passes     how often a matrix reads its experts; of other steps the last one merges, the others look
+    by_row     blocks are whole rows of the last dimension
+    looks_at_model  its looks see all such steps before the first is merged
+    beside     for each expert what lies beside its weights, and in which of the plan's models
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
@@ -37,6 +41,9 @@ class Step:
     flops: int
     workspace_bytes: int
     device_bytes: int = 0
+    by_row: bool = False
+    looks_at_model: bool = False
+    beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +54,16 @@ class Step:
     def elements(self) -> int:
         """How many elements the tensor has."""
         return self.experts[0].elements
+
+    @property
+    def columns(self) -> int:
+        """Length of the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def looks(self) -> int:
+        """Passes that a step by element or row takes before it merges."""
+        return 0 if self.by_matrix else self.passes - 1
 
     @property
     def read_bytes(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +16,15 @@ from torch import Tensor
 
 from streammerge import methods
 from streammerge.checkpoint import Storage
-from streammerge.memory import block_elements
 from streammerge.outcome import Block, Norms, Outcome, Tally, naming, refuse_overflow
 from streammerge.plan import Plan
-from streammerge.readahead import ReadAhead, Request, bytes_of
+from streammerge.readahead import ReadAhead, bytes_of
+from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step
 from streammerge.streamed_deltas import (
     TORCH_DTYPES,
     ElementDeltas,
     MatrixDeltas,
-    Sources,
     StepReader,
 )
 from streammerge.workspace import Workspace
@@ -43,8 +43,9 @@ class Stream:
 
     def __init__(self, plan: Plan, storage: Storage, *, skip: Container[str] = ()) -> None:
         self._plan = plan
-        self._steps = [step for step in plan.steps if step.name not in skip]
-        self.to_read_bytes = sum(Sources(step).read_bytes for step in self._steps)
+        self._schedule = Schedule(plan, skip)
+        self.to_read_bytes = self._schedule.read_bytes
+        self._looks: dict[str, methods.Look] = {}
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
         self.workspace = Workspace(plan.memory.workspace_bytes)
@@ -56,7 +57,7 @@ class Stream:
         self.ahead = ReadAhead(
             storage,
             plan.models,
-            self._requests(),
+            self._schedule.requests(),
             slots=plan.memory.input_slots,
             slot_bytes=slot_bytes,
         )
@@ -64,7 +65,7 @@ class Stream:
     def __enter__(self) -> Stream:
         threads = torch.get_num_threads()
         self._settings.callback(torch.set_num_threads, threads)
-        if any(step.by_matrix for step in self._steps):
+        if any(step.by_matrix for step in self._schedule.steps):
             self._settings.enter_context(fast_matmul())
         return self
 
@@ -75,7 +76,13 @@ class Stream:
         self.ahead.close()
 
     def __iter__(self) -> Iterator[Block]:
-        for step in self._steps:
+        for number, steps in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
+            for _, step in steps:
+                with naming(step):
+                    self._look_at_model(number, step)
+            for look in self._looks.values():
+                look.finish(number)
+        for step in self._schedule.steps:
             with naming(step):
                 yield from self._run(step)
 
@@ -87,17 +94,10 @@ class Stream:
             "workspace_overdraft": self.workspace.overdraft_bytes,
         }
 
-    def _requests(self) -> Iterator[Request]:
-        for step in self._steps:
-            yield from Sources(step).requests(self._block_elements(step))
-
-    def _block_elements(self, step: Step) -> int:
-        return block_elements(step, self._plan.memory.slot_bytes)
-
     def _run(self, step: Step) -> Iterator[Block]:
         started = time.perf_counter()
-        block = self._block_elements(step)
-        reader = StepReader(self.ahead, Sources(step), block)
+        block = self._schedule.block_elements(step)
+        reader = StepReader(self.ahead, self._schedule.sources(step), block)
         outcome = Outcome(step.name, step.method)
         tally = Tally(Norms(len(step.experts)))
         torch.set_num_threads(_threads_for(step))
@@ -125,22 +125,51 @@ class Stream:
     def _by_element(
         self, step: Step, reader: StepReader, block: int, outcome: Outcome, tally: Tally
     ) -> Iterator[Block]:
-        function = methods.describe(step.method).load()
-        models = len(step.models)
-        for number, first in enumerate(range(0, step.elements, block)):
-            runs, returns = zip(*(reader.take(number * models + k) for k in range(models)), strict=True)
-            deltas = ElementDeltas(step, self._plan.names, runs[0], runs[1:], first, self.workspace, tally.norms)
+        method = methods.describe(step.method)
+        function = method.load()
+        runs = _Runs(reader, step, block, held=self._schedule.is_held(step))
+        look = self._looks.get(step.method) if step.looks_at_model else None
+        passes = 0 if step.looks_at_model else step.looks
+        for number in range(passes):
+            for deltas in self._blocks(step, reader, runs, number, Norms(len(step.experts))):
+                look = look or method.look(deltas, step.arguments)
+                look.look(number, deltas)
+            if look is not None:
+                look.finish(number)
+        for deltas in self._blocks(step, reader, runs, passes, tally.norms):
+            deltas.seen = look
             merged = function(deltas, **step.arguments)
             outcome.facts.update(deltas.facts)
-            yield self._emit(step, first, deltas.base(), merged, tally)
-            for give_back in returns:
-                give_back()
+            yield self._emit(step, deltas.first_element, deltas.base(), merged, tally)
+
+    def _look_at_model(self, number: int, step: Step) -> None:
+        block = self._schedule.block_elements(step)
+        reader = StepReader(self.ahead, self._schedule.look_sources(step), block)
+        runs = _Runs(reader, step, block, held=False)
+        torch.set_num_threads(_threads_for(step))
+        for deltas in self._blocks(step, reader, runs, 0, Norms(len(step.experts))):
+            if step.method not in self._looks:
+                self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
+            self._looks[step.method].look(number, deltas)
+
+    def _blocks(
+        self, step: Step, reader: StepReader, runs: _Runs, number: int, norms: Norms
+    ) -> Iterator[ElementDeltas]:
+        """Each block's deltas, in one pass; its memory is free again when the next is asked for."""
+        for first, origin, moving in runs.blocks(number):
+            yield ElementDeltas(
+                step, self._plan.names, origin, moving, first, self.workspace, norms,
+                seed=self._plan.recipe.seed, beside=reader.beside(first, len(origin)),
+            )  # fmt: skip
             self.workspace.reset()
 
     def _by_matrix(self, step: Step, reader: StepReader, block: int, outcome: Outcome, tally: Tally) -> Iterator[Block]:
         function = methods.describe(step.method).load()
         blocks = -(-step.elements // block)
-        deltas = MatrixDeltas(step, self._plan.names, reader, blocks, self.workspace, tally.norms)
+        deltas = MatrixDeltas(
+            step, self._plan.names, reader, blocks, self.workspace, tally.norms,
+            seed=self._plan.recipe.seed, beside=reader.beside(0),
+        )  # fmt: skip
         merged = function(deltas, **step.arguments)
         outcome.facts.update(deltas.facts)
         stored = merged.T if step.role.transposed else merged
@@ -193,6 +222,34 @@ class Stream:
         slot = self._output.get()
         self.output_waited_seconds += time.perf_counter() - started
         return slot
+
+
+class _Runs:
+    """A step's runs block by block, pass after pass; `held` takes each once and keeps it to the last pass."""
+
+    def __init__(self, reader: StepReader, step: Step, block: int, *, held: bool) -> None:
+        self._reader, self._step, self._block, self._held = reader, step, block, held
+        self._kept: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+
+    def blocks(self, number: int) -> Iterator[tuple[int, Tensor, Sequence[Tensor]]]:
+        """In pass `number`: the first element, the origin's run and the others'."""
+        step, models = self._step, len(self._step.models)
+        blocks = -(-step.elements // self._block)
+        last = number == (0 if step.looks_at_model else step.looks)
+        for place in range(blocks):
+            before = 0 if self._held else number * blocks
+            taken = [self._take((before + place) * models + model) for model in range(models)]
+            origin, *moving = (run for run, _ in taken)
+            yield place * self._block, origin, moving
+            for give_back in (give_back for _, give_back in taken if last or not self._held):
+                give_back()
+
+    def _take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
+        if not self._held:
+            return self._reader.take(position)
+        if position not in self._kept:
+            self._kept[position] = self._reader.take(position)
+        return self._kept[position]
 
 
 def _threads_for(step: Step) -> int:

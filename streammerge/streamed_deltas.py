@@ -27,21 +27,22 @@ class Sources:
     """A step's inputs: the origin W_0 (the base, or the first expert) and the experts read beside it.
 
     Without a base the first expert is its own origin: its delta is zero and is not read again.
-    `resident` steps keep all they read, so that further passes cost no reading.
+    `resident` steps keep all they read, so that further passes cost no reading; `passes` overrules the plan's;
+    `again` says that all of it will be read once more, later.
     """
 
-    def __init__(self, step: Step, *, resident: bool = False) -> None:
-        self.step = step
+    def __init__(self, step: Step, *, resident: bool = False, passes: int | None = None, again: bool = False) -> None:
+        self.step, self._again = step, again
         entries = (*((step.base,) if step.base else ()), *step.experts)
         self.origin: tuple[int, TensorEntry] = (step.models[0], entries[0])
         self.moving: tuple[tuple[int, TensorEntry], ...] = tuple(zip(step.models[1:], entries[1:], strict=True))
-        # an element-wise block is held whole, so a method's passes cost no reading
-        self.passes = step.passes if step.by_matrix and not resident else 1
+        self.passes = 1 if resident else step.passes if passes is None else passes
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of all requests: the origin once, the rest once a pass."""
-        return self.origin[1].nbytes + self.passes * sum(entry.nbytes for _, entry in self.moving)
+        """Bytes of all requests: of a matrix the origin once and the rest once a pass, else all of them once a pass."""
+        origins = 1 if self.step.by_matrix else self.passes
+        return origins * self.origin[1].nbytes + self.passes * sum(entry.nbytes for _, entry in self.moving)
 
     def requests(self, block_elements: int) -> Iterator[Request]:
         """Every run the step is planned to read, in the order it will take them."""
@@ -51,8 +52,10 @@ class Sources:
             for number in range(self.passes):
                 for source in self.moving:
                     yield from cut(*source, block_elements, last=number == self.passes - 1)
-        else:
-            runs = [cut(*source, block_elements, last=True) for source in (self.origin, *self.moving)]
+            return
+        for number in range(self.passes):
+            last = number == self.passes - 1 and not self._again
+            runs = [cut(*source, block_elements, last=last) for source in (self.origin, *self.moving)]
             for together in zip(*runs, strict=True):
                 yield from together
 
@@ -61,7 +64,7 @@ class StepReader:
     """Takes one step's runs in the planned order; what is asked for out of order is read at once."""
 
     def __init__(self, ahead: ReadAhead, sources: Sources, block_elements: int) -> None:
-        self._ahead = ahead
+        self._ahead, self._step = ahead, sources.step
         self._planned = list(sources.requests(block_elements))
         self._pass_length = len(sources.moving) * -(-sources.step.elements // block_elements)
         self._taken = 0
@@ -80,6 +83,23 @@ class StepReader:
         assert slot.request == request, f"read-ahead gave {slot.request}, the step wants {request}"
         self._taken += 1
         return self._typed(request, slot.data), lambda: self._ahead.give_back(slot)
+
+    def beside(self, first_element: int, elements: int | None = None) -> Callable[[int], Tensor | None] | None:
+        """A function that reads what lies beside an expert: a run of it, or all of it, in its shape. None without."""
+        if not any(self._step.beside):
+            return None
+
+        def read(index: int) -> Tensor | None:
+            found = self._step.beside[index]
+            if found is None:
+                return None
+            model, entry = found
+            request = Request(model, entry, first_element, entry.elements if elements is None else elements, True)
+            data = self._typed(request, self._ahead.read_now(request))
+            self._ahead.release(request)
+            return data.view(entry.shape) if elements is None else data
+
+        return read
 
     def finish(self) -> None:
         """Give back every planned run that was not asked for."""
@@ -113,9 +133,15 @@ class ElementDeltas(Deltas):
         first_element: int,
         workspace: Workspace,
         norms: Norms,
+        *,
+        seed: int = 0,
+        beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         self.name = step.name
-        self.shape = tuple(origin.shape)
+        if step.by_row:
+            origin, moving = origin.view(-1, step.columns), [run.view(-1, step.columns) for run in moving]
+        self.shape, self.whole = tuple(origin.shape), step.shape
+        self.seed, self._beside = seed, beside
         self.dtype = compute_dtype(step)
         self.device = torch.device("cpu")
         self.experts = len(step.experts)
@@ -127,7 +153,7 @@ class ElementDeltas(Deltas):
         self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
         if not math.isfinite(torch.linalg.vector_norm(self._base).item()):
-            refuse_non_finite(origin, step, names[step.models[0]], first_element)
+            refuse_non_finite(origin.flatten(), step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -135,6 +161,10 @@ class ElementDeltas(Deltas):
 
     def base(self) -> Tensor:
         return self._base
+
+    def beside(self, index: int) -> Tensor | None:
+        found = self._beside(index) if self._beside else None
+        return None if found is None else found.to(self.dtype).view(self.shape)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self._workspace.empty(shape, dtype or self.dtype)
@@ -183,10 +213,14 @@ class MatrixDeltas(Deltas):
         blocks: int,
         workspace: Workspace,
         norms: Norms,
+        *,
+        seed: int = 0,
+        beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         self.name = step.name
         rows, columns = step.shape
-        self.shape = (columns, rows) if step.role.transposed else (rows, columns)
+        self.shape = self.whole = (columns, rows) if step.role.transposed else (rows, columns)
+        self.seed, self._beside = seed, beside
         self.dtype = compute_dtype(step)
         self.device = torch.device("cpu")
         self.experts = len(step.experts)
@@ -207,6 +241,9 @@ class MatrixDeltas(Deltas):
     def base(self) -> Tensor:
         whole = self.stored_base.to(self.dtype)
         return whole.T if self._step.role.transposed else whole
+
+    def beside(self, index: int) -> Tensor | None:
+        return self._beside(index) if self._beside else None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self._workspace.empty(shape, dtype or self.dtype)

@@ -22,6 +22,7 @@ LAYERS = (
     "stream",
     "device_stream",
     "device_deltas",
+    "schedule",
     "streamed_deltas",
     "outcome",
     "readahead",

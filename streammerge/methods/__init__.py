@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import keyword
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from streammerge.solve.cost import Cost
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammerge.delta import Deltas
 
 METHODS: dict[str, str] = {
     "linear": "streammerge.methods.linear",
@@ -24,7 +28,8 @@ METHODS: dict[str, str] = {
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-StreamsBy = Literal["element", "matrix"]
+StreamsBy = Literal["element", "row", "matrix"]
+Beside = Literal["covariance", "fisher"]
 
 
 def merge_method(
@@ -33,20 +38,25 @@ def merge_method(
     streams_by: StreamsBy,
     paper: str | None = None,
     cost: str = "streammerge.solve.cost:elementwise",
+    look: str | None = None,
+    beside: Beside | None = None,
 ) -> Callable[[Function], Function]:
     """Declare facts the planner needs about a method. Every argument must be a literal.
 
     needs_base   the method works on changes from a common base model
     streams_by   "element": any run of elements may be merged by itself, so tensors are cut into
                  blocks and the method applies to every float tensor;
+                 "row": the same with blocks of whole rows, deltas.shape = [rows, columns];
                  "matrix": the method needs a whole [out, in] matrix and applies to linear weights
     paper        "arXiv:…" of the method
     cost         "module:function" that prices one tensor without torch (see `solve/cost.py`)
+    look         "module:Class" of what a method by element or row must know of the whole tensor first (see `Look`)
+    beside       what each expert must bring beside its weights: a folder that the recipe names
 
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost
+    del needs_base, streams_by, paper, cost, look, beside
 
     def declared(function: Function) -> Function:
         return function
@@ -54,10 +64,25 @@ def merge_method(
     return declared
 
 
+class Look(Protocol):
+    """What a method knows of a whole tensor before its first block is merged; the method finds it in `deltas.seen`.
+
+    Made of the first block's deltas and the method's arguments. As many passes are made as the price says less one,
+    each over all blocks in order. What is seen must not depend on how the tensor was cut.
+    """
+
+    def look(self, number: int, deltas: Deltas) -> None:
+        """See one block, in pass `number`."""
+
+    def finish(self, number: int) -> None:
+        """All blocks were seen in pass `number`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """What a recipe may set: its type name ("float", "int", "bool", "str"), or its choices.
+    """What a recipe may set: its type name ("float", "int", "bool", "str", "settings"), or its choices.
 
+    "settings" are another method's parameters, as a mapping.
     `keyword` is the function's argument; it differs from `name` where Python reserves the name (`lambda`).
     """
 
@@ -83,6 +108,8 @@ class Method:
     paper: str | None
     parameters: Mapping[str, Parameter]
     cost_path: str
+    look_path: str | None
+    beside: Beside | None
 
     def cost(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
         """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts."""
@@ -92,8 +119,27 @@ class Method:
 
     def load(self) -> Callable[..., Tensor]:
         """Import the function itself; this is where torch comes in."""
-        function: Callable[..., Tensor] = getattr(importlib.import_module(self.module), self.name)
+        function: Callable[..., Tensor] = getattr(importlib.import_module(self.module), _function_name(self.name))
         return function
+
+    def look(self, deltas: Deltas, arguments: Mapping[str, Any]) -> Look:
+        """A new look, of the first block's deltas."""
+        assert self.look_path is not None, f"{self.name} takes no look"
+        module, _, name = self.look_path.partition(":")
+        look: Look = getattr(importlib.import_module(module), name)(deltas, **arguments)
+        return look
+
+    def merge(self, deltas: Deltas, **arguments: Any) -> Tensor:
+        """Merge a whole tensor as one block: its looks, then the function."""
+        columns = deltas.shape[-1] if deltas.shape else 1
+        rows = math.prod(deltas.shape[:-1])
+        passes = self.cost((rows, columns), deltas.experts, arguments, deltas.dtype.itemsize).passes
+        if self.look_path and passes > 1:
+            deltas.seen = self.look(deltas, arguments)
+            for number in range(passes - 1):
+                deltas.seen.look(number, deltas)
+                deltas.seen.finish(number)
+        return self.load()(deltas, **arguments)
 
 
 @cache
@@ -103,7 +149,7 @@ def _describe(name: str, module: str) -> Method:
     assert spec is not None, f"methods table: no module {module}"
     assert spec.origin is not None, f"methods table: {module} is not a source file"
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == _function_name(name))
     call = next(
         d
         for d in function.decorator_list
@@ -125,7 +171,14 @@ def _describe(name: str, module: str) -> Method:
         paper=facts.get("paper"),
         parameters={parameter.name: parameter for parameter in declared},
         cost_path=facts.get("cost", "streammerge.solve.cost:elementwise"),
+        look_path=facts.get("look"),
+        beside=facts.get("beside"),
     )
+
+
+def _function_name(method: str) -> str:
+    # Python reserves some names, such as `from`
+    return f"{method}_" if keyword.iskeyword(method) else method
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None, doc: str) -> Parameter:
@@ -139,7 +192,7 @@ def _parameter(argument: ast.arg, default: ast.expr | None, doc: str) -> Paramet
     return Parameter(
         name=name,
         keyword=argument.arg,
-        type="float" if annotation == "PerExpert" else "str" if choices else annotation,
+        type={"PerExpert": "float", "Settings": "settings"}.get(annotation, "str" if choices else annotation),
         choices=choices,
         default=ast.literal_eval(default),
         per_expert=annotation == "PerExpert",

@@ -13,6 +13,8 @@ EPS32 = 2.0**-23
 BLOCK_ROWS = 256
 PANEL = 128
 NORM_PANEL = 1 << 18
+# blocks of elements begin at multiples of this, so that sums over panels do not depend on the cut
+PANEL_ELEMENTS = 1 << 13
 # packing buffers of the matrix products, and what is smaller
 _SMALL_BYTES = 8 << 20
 # workspaces of cuBLAS and cuSOLVER, partial sums
@@ -23,14 +25,17 @@ _DEVICE_SMALL_BYTES = 96 << 20
 class Cost:
     """Price of one step: workspace beyond the tensors being read, arithmetic, passes over the experts.
 
+    passes        of an element-wise method: one, and those that its look at the whole tensor takes
     device_bytes  the same workspace on an accelerator, what its libraries take included; None where the
                   method does there what it does on the CPU
+    look_scope    whether a look sees one tensor, or all tensors of the model before the first is merged
     """
 
     workspace_bytes: int
     flops: int
     passes: int
     device_bytes: int | None = None
+    look_scope: Literal["tensor", "model"] = "tensor"
 
 
 def elementwise(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:

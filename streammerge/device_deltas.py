@@ -89,8 +89,11 @@ class DeviceDeltas(Deltas):
                     for index in range(self.experts)
                 ],
             )
+        if self._step.parts:
+            # the sums of columns go over all parts
+            self._measure_all()
         for index, squared in enumerate(packed.column_squares.sum(1)):
-            self._measured.setdefault(index, squared.sqrt())
+            self._measured.setdefault(index, squared.sqrt().view(1))
         return packed
 
     def form(self, index: int, out: Tensor | None) -> Tensor:
@@ -103,7 +106,10 @@ class DeviceDeltas(Deltas):
             return out.zero_()
         out.copy_(self._seen(self._stored(index))).sub_(self._seen(self.origin))
         if index not in self._measured:
-            self._measured[index] = torch.linalg.vector_norm(out)
+            # a part's rows are those of the matrix as seen: stacked ones are never transposed
+            rows = [part.shape[0] for part in self._step.parts]
+            parts = torch.split(out, rows) if rows else (out,)
+            self._measured[index] = torch.stack([torch.linalg.vector_norm(part) for part in parts])
         return out
 
     def refuse_non_finite(self, names: Sequence[str], first_element: int) -> None:
@@ -116,15 +122,19 @@ class DeviceDeltas(Deltas):
         largest = [torch.linalg.vector_norm(run.detach(), math.inf).double() for run in self._runs()]
         for number, value in enumerate(torch.stack(largest).tolist()):
             if not math.isfinite(value):
-                run = self.origin if number == 0 else self._stored(number + self.experts - count)
-                refuse_non_finite(run.cpu(), self._step, names[self._step.models[number]], first_element)
+                run = (self.origin if number == 0 else self._stored(number + self.experts - count)).cpu()
+                parts = self._step.parts or (self._step,)
+                rows = [part.shape[0] for part in parts] if self._step.parts else [len(run)]
+                for part, values in zip(parts, torch.split(run, rows), strict=True):
+                    refuse_non_finite(values, part, names[self._step.models[number]], first_element)
 
-    def add_squared_norms(self, squares: list[float]) -> None:
-        """Add ‖W_t - W_0‖² of each delta that was formed to its place in `squares`; waits for the device."""
+    def add_squared_norms(self, squares: list[list[float]]) -> None:
+        """Add ‖W_t - W_0‖² of each delta that was formed to `squares`, by part and expert; waits for the device."""
         if self._measured:
             norms = torch.stack([norm.double() for norm in self._measured.values()]).tolist()
-            for index, norm in zip(self._measured, norms, strict=True):
-                squares[index] += norm * norm
+            for index, parts in zip(self._measured, norms, strict=True):
+                for number, norm in enumerate(parts):
+                    squares[number][index] += norm * norm
 
     @property
     def _moving_count(self) -> int:

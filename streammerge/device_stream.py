@@ -28,7 +28,7 @@ from streammerge.checkpoint import Storage
 from streammerge.device_deltas import DeviceDeltas
 from streammerge.device_memory import MOST_AT_ONCE, stays_whole, step_device_bytes
 from streammerge.errors import MergeError, quoted
-from streammerge.outcome import Block, Norms, Outcome, Tally, naming, refuse_overflow
+from streammerge.outcome import Block, Facts, Outcome, Tally, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
@@ -54,6 +54,7 @@ class DeviceStream:
         assert plan.device_memory is not None, "the plan has no device memory"
         self._plan, self._budget = plan, plan.device_memory.budget_bytes
         self._schedule = Schedule(plan, skip, resident=True)
+        self._skip = skip
         self._looks: dict[str, methods.Look] = {}
         self.to_read_bytes = self._schedule.read_bytes
         self.output_waited_seconds = 0.0
@@ -121,7 +122,7 @@ class DeviceStream:
                 yield from self._drain(window, to=0)
                 yield from self._copy(step, reader)
                 continue
-            shared = _Shared(step, reader, Outcome(step.name, step.method), Tally(Norms(len(step.experts))))
+            shared = _Shared(step, reader)
             nbytes = step_device_bytes(step, self._plan.memory.slot_bytes)
             for task in self._tasks(shared):
                 while window and (
@@ -160,22 +161,25 @@ class DeviceStream:
         entries = (sources.origin[1], *(entry for _, entry in sources.moving))
         shape = step.shape if step.by_matrix else (task.elements,)
         block = self._schedule.block_elements(step)
-        runs = -(-task.elements // block)
+        runs = sources.blocks(block) if step.by_matrix else -(-task.elements // block)
         with self._library.stream(self._arriving):
             task.runs = self._places(entries, shape)
             if step.by_matrix:
-                order = [(model, run, model * runs + run) for model in range(len(entries)) for run in range(runs)]
+                order = [(model, model * runs + run) for model in range(len(entries)) for run in range(runs)]
             else:
                 first = task.first // block
                 order = [
-                    (model, run, (first + run) * len(entries) + model)
+                    (model, (first + run) * len(entries) + model)
                     for run in range(runs)
                     for model in range(len(entries))
                 ]
-            for model, run, position in order:
+            filled = [0] * len(entries)
+            for model, position in order:
                 self._let_slots_go()
                 data, give_back = reader.take(position)
-                task.runs[model].view(-1)[run * block : run * block + data.numel()].copy_(data, non_blocking=True)
+                place = task.runs[model].view(-1)[filled[model] : filled[model] + data.numel()]
+                place.copy_(data, non_blocking=True)
+                filled[model] += data.numel()
                 self._departing.append((self._mark(self._arriving), give_back))
             task.staged = self._mark(self._arriving)
 
@@ -219,34 +223,39 @@ class DeviceStream:
             step.shape if step.by_matrix else (task.elements,), dtype=TORCH_DTYPES[step.dtype], device=self._device
         )
         # on a second try too, only what this one does counts
-        squares = [0.0] * len(step.experts)
+        squares = [[0.0] * len(step.experts) for _ in task.shared.parts]
         merge = self._merge_matrix if step.by_matrix else self._merge_elements
         applied = merge(task, out, squares)
-        facts = torch.stack([torch.stack([part.changed.double(), part.merged_squares, part.lost_squares,
-                                          part.non_finite.double()]) for part in applied])  # fmt: skip
         # waits for all of the above
-        changed, merged_squares, lost_squares, bad = facts.sum(0).tolist()
-        refuse_overflow(step, int(bad))
-        task.shared.count(changed, merged_squares, lost_squares, squares, time.perf_counter() - started)
+        sums = torch.stack([torch.stack([_sums(part) for part in parts]).sum(0) for parts in applied]).tolist()
+        for part, (*_, bad) in zip(task.shared.parts, sums, strict=True):
+            refuse_overflow(part, int(bad))
+        task.shared.count(sums, squares, task.facts, time.perf_counter() - started)
         task.runs.clear()
         task.out = out.view(-1)
 
-    def _merge_matrix(self, task: _Task, out: Tensor, squares: list[float]) -> list[Applied]:
+    def _merge_matrix(self, task: _Task, out: Tensor, squares: list[list[float]]) -> list[list[Applied]]:
         step = task.shared.step
         moving: Any = self._stacked(task.runs[1:]) if not task.pieces else lambda number: self._again(task, number)
         deltas = self._deltas(task, task.runs[0], moving, 0)
         merged = self._merged(task, deltas)
         stored = merged.mT if step.role.transposed else merged
         rows = self._schedule.block_elements(step) // step.shape[1]
-        applied = [
-            self._apply(step, deltas.origin[row : row + rows], stored[row : row + rows], out[row : row + rows],
-                        row * step.shape[1])
-            for row in range(0, step.shape[0], rows)
-        ]  # fmt: skip
+        applied, top = [], 0
+        for part in task.shared.parts:
+            bottom = top + part.shape[0]
+            places = [slice(row, min(row + rows, bottom)) for row in range(top, bottom, rows)]
+            applied.append(
+                [
+                    self._apply(part, deltas.origin[at], stored[at], out[at], (at.start - top) * step.shape[1])
+                    for at in places
+                ]
+            )
+            top = bottom
         deltas.add_squared_norms(squares)
         return applied
 
-    def _merge_elements(self, task: _Task, out: Tensor, squares: list[float]) -> list[Applied]:
+    def _merge_elements(self, task: _Task, out: Tensor, squares: list[list[float]]) -> list[list[Applied]]:
         """Block by block, after the looks; on the last try in pieces halved until they fit."""
         step = task.shared.step
         unit = step.columns if step.by_row else PANEL_ELEMENTS
@@ -255,7 +264,7 @@ class DeviceStream:
             block = max(block // 16 // unit, 1) * unit
         pieces = deque((start, min(start + block, task.elements)) for start in range(0, task.elements, block))
         look = self._looks.get(step.method) if step.looks_at_model else self._look(task, pieces)
-        done = []
+        done: list[Applied] = []
         while pieces:
             start, end = pieces.popleft()
             try:
@@ -266,7 +275,7 @@ class DeviceStream:
                     raise
             middle = (start + end) // 2
             pieces.extendleft([(middle, end), (start, middle)])
-        return done
+        return [done]
 
     def _look(self, task: _Task, pieces: Sequence[tuple[int, int]]) -> methods.Look | None:
         """What the step's method must know of the whole tensor, which is there."""
@@ -284,7 +293,7 @@ class DeviceStream:
     def _look_at_model(self, number: int, step: Step) -> None:
         """Look at one step's blocks, one at a time: no results leave, and the next look waits for this one anyway."""
         reader = self._reader(step, self._schedule.look_sources(step))
-        shared = _Shared(step, reader, Outcome(step.name, step.method), Tally(Norms(len(step.experts))))
+        shared = _Shared(step, reader)
         for task in self._tasks(shared):
             self._stage(task)
             task.staged.synchronize()
@@ -294,7 +303,7 @@ class DeviceStream:
             self._looks[step.method].look(number, deltas)
 
     def _merge_piece(
-        self, task: _Task, out: Tensor, start: int, end: int, squares: list[float], look: methods.Look | None
+        self, task: _Task, out: Tensor, start: int, end: int, squares: list[list[float]], look: methods.Look | None
     ) -> Applied:
         deltas = self._piece(task, start, end)
         deltas.seen = look
@@ -325,7 +334,7 @@ class DeviceStream:
             deltas.refuse_non_finite(self._plan.names, 0)
         merged = methods.describe(step.method).load()(deltas, **step.arguments)
         assert merged.shape == deltas.shape, f"{step.method} returned {tuple(merged.shape)} for {deltas.shape}"
-        task.shared.outcome.facts.update(deltas.facts)
+        task.facts.update(deltas.facts)
         return merged
 
     def _apply(self, step: Step, base: Tensor, merged: Tensor, out: Tensor, first: int) -> Applied:
@@ -338,13 +347,14 @@ class DeviceStream:
     def _again(self, task: _Task, number: int) -> Tensor:
         """One moving input, read again from its file: for a step whose inputs do not fit together."""
         step, reader = task.shared.step, task.shared.reader
-        block = self._schedule.block_elements(step)
-        runs = -(-step.elements // block)
-        entry = Sources(step).moving[number][1]
-        place = torch.empty(step.shape, dtype=TORCH_DTYPES[entry.dtype], device=self._device)
+        sources = Sources(step, resident=True)
+        runs = sources.blocks(self._schedule.block_elements(step))
+        place = torch.empty(step.shape, dtype=TORCH_DTYPES[sources.moving[number][1].dtype], device=self._device)
+        filled = 0
         for run in range(runs):
             data, give_back = reader.take((1 + number) * runs + run)
-            place.view(-1)[run * block : run * block + data.numel()].copy_(data)
+            place.view(-1)[filled : filled + data.numel()].copy_(data)
+            filled += data.numel()
             give_back()
         return place
 
@@ -397,24 +407,27 @@ class DeviceStream:
         self._record(out, self._leaving)
         block = self._schedule.block_elements(step)
         waiting: tuple[Any, Block] | None = None
-        for start in range(0, len(out), block):
-            slot = self._free_output()
-            part = out[start : start + block]
-            with self._library.stream(self._leaving):
-                slot[: part.nbytes].view(part.dtype).copy_(part, non_blocking=True)
-            data = bytes_of(slot)[: part.nbytes]
-            offset = (task.first + start) * part.dtype.itemsize
-            left = self._mark(self._leaving)
-            if waiting is not None:
-                waiting[0].synchronize()
-                yield waiting[1]
-            waiting = left, Block(step.name, offset, data, lambda slot=slot: self._output.put(slot))  # type: ignore[misc]
+        top = 0
+        for part, tally in zip(task.shared.parts, task.shared.tallies, strict=True):
+            end = top + (part.elements if step.parts else len(out))
+            for start in range(top, end, block) if part.name not in self._skip else ():
+                slot = self._free_output()
+                run = out[start : min(start + block, end)]
+                with self._library.stream(self._leaving):
+                    slot[: run.nbytes].view(run.dtype).copy_(run, non_blocking=True)
+                data = bytes_of(slot)[: run.nbytes]
+                offset = (task.first + start - top) * run.dtype.itemsize
+                left = self._mark(self._leaving)
+                if waiting is not None:
+                    waiting[0].synchronize()
+                    yield waiting[1]
+                outcome = tally.settled() if task.last and start + block >= end else None
+                waiting = left, Block(part.name, offset, data, lambda slot=slot: self._output.put(slot), outcome)  # type: ignore[misc]
+            top = end
         assert waiting is not None, "a tensor without elements is copied"
         event, last = waiting
         event.synchronize()
         task.out = None
-        if task.last:
-            last.outcome = task.shared.settled()
         yield last
 
     def _copy(self, step: Step, reader: StepReader) -> Iterator[Block]:
@@ -477,25 +490,25 @@ class DeviceStream:
 
 
 class _Shared:
-    """What the tasks of one step add to."""
+    """What the tasks of one step add to: a tally for each tensor."""
 
-    def __init__(self, step: Step, reader: StepReader, outcome: Outcome, tally: Tally) -> None:
-        self.step, self.reader, self.outcome, self.tally = step, reader, outcome, tally
+    def __init__(self, step: Step, reader: StepReader) -> None:
+        self.step, self.reader = step, reader
+        self.parts = step.parts or (step,)
+        self.tallies = [Tally(part) for part in self.parts]
         self._lock = threading.Lock()
 
     def count(
-        self, changed: float, merged_squares: float, lost_squares: float, squares: Sequence[float], seconds: float
+        self, sums: Sequence[Sequence[float]], squares: Sequence[Sequence[float]], facts: Facts, seconds: float
     ) -> None:
+        """Add a task's results: changed, merged and lost squares of each part, and each expert's squared norm in it."""
         with self._lock:
-            self.tally.count(changed, merged_squares, lost_squares)
-            for index, squared in enumerate(squares):
-                self.tally.norms.squared[index] += squared
-            self.outcome.seconds += seconds
-
-    def settled(self) -> Outcome:
-        if self.step.base is not None:
-            self.tally.settle(self.outcome, self.step.elements)
-        return self.outcome
+            for tally, (changed, merged, lost, _), experts in zip(self.tallies, sums, squares, strict=True):
+                tally.count(changed, merged, lost)
+                tally.outcome.facts.update(facts)
+                for index, squared in enumerate(experts):
+                    tally.norms.squared[index] += squared
+            self.tallies[-1].outcome.seconds += seconds
 
 
 @dataclass(slots=True)
@@ -515,3 +528,10 @@ class _Task:
     out: Tensor | None = None
     device_bytes: int = 0
     pieces: bool = False
+    facts: Facts = field(default_factory=dict)
+
+
+def _sums(applied: Applied) -> Tensor:
+    """Changed, merged squares, lost squares, not finite: [4] float64 on the device."""
+    counts = applied.changed.double(), applied.merged_squares, applied.lost_squares, applied.non_finite.double()
+    return torch.stack(counts)

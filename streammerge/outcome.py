@@ -17,6 +17,10 @@ from streammerge.step import COPY, Step
 logger = logging.getLogger(__name__)
 
 
+Facts = dict[str, float | int | str | bool]
+"""What a method noted of a tensor for the report."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What happened to one tensor.
@@ -28,7 +32,7 @@ class Outcome:
 
     name: str
     method: str
-    facts: dict[str, float | int | str | bool] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     norm_ratio: float | None = None
     rounding_loss: float | None = None
     changed: float | None = None
@@ -61,8 +65,10 @@ class Norms:
 class Tally:
     """Sums over a tensor's blocks that its outcome is made of."""
 
-    def __init__(self, norms: Norms) -> None:
-        self.norms = norms
+    def __init__(self, step: Step) -> None:
+        self.outcome = Outcome(step.name, step.method)
+        self.norms = Norms(len(step.experts))
+        self._step = step
         self._merged_squared = 0.0
         self._lost_squared = 0.0
         self._changed = 0
@@ -73,14 +79,14 @@ class Tally:
         self._merged_squared += merged_squares
         self._lost_squared += lost_squares
 
-    def settle(self, outcome: Outcome, elements: int) -> None:
-        """Put the sums into the tensor's outcome."""
-        mean, norm = self.norms.mean, math.sqrt(self._merged_squared)
-        if outcome.method == COPY:
-            return
-        outcome.norm_ratio = _ratio(norm, mean)
-        outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
-        outcome.changed = self._changed / elements
+    def settled(self) -> Outcome:
+        """The outcome, with what the sums say where there is a base to compare with."""
+        if self._step.base is not None and self._step.method != COPY:
+            norm = math.sqrt(self._merged_squared)
+            self.outcome.norm_ratio = _ratio(norm, self.norms.mean)
+            self.outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
+            self.outcome.changed = self._changed / self._step.elements
+        return self.outcome
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from streammerge.errors import PlanError, escaped, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.owners import roles_from_model
+from streammerge.pools import input_of
 from streammerge.rates import load_rates
 from streammerge.recipe import Recipe, Rule
 from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
-from streammerge.step import COPY, Step
+from streammerge.step import COPY, Step, stacked
 
 FALLBACK = "linear"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -193,11 +194,49 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tupl
     layers = layer_count(reference.tensors)
     # in the order of the reference's bytes, so that input and output files are passed through once
     ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))
-    return tuple(
+    return _pooled([
         _step(recipe, models, experts, entry.name, kinds[entry.name],
               layer_position(entry.name, layers), reads_base)
         for entry in ordered
-    )  # fmt: skip
+    ])  # fmt: skip
+
+
+def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps, with those side by side that a `pool: inputs` merges as one matrix, stacked by rows."""
+    pools: dict[str, list[Step]] = {}
+    for step in steps:
+        pools.setdefault(_pool_of(step) or step.name, []).append(step)
+    return tuple(
+        step if len(members) == 1 else _member(step, key, members) for key, members in pools.items() for step in members
+    )
+
+
+def _pool_of(step: Step) -> str | None:
+    if not step.by_matrix or step.arguments.get("pool") != "inputs" or step.role.transposed:
+        return None
+    shared = input_of(step.name)
+    # what is stacked must agree in all but the number of rows
+    dtypes = [entry.dtype for entry in (*step.experts, *([step.base] if step.base else []))]
+    alike = step.method, step.shape[1], step.dtype, dtypes, sorted(step.arguments.items(), key=str), bool(step.beside)
+    return f"pool {shared} {alike}" if shared else None
+
+
+def _member(step: Step, pool: str, members: Sequence[Step]) -> Step:
+    """A step priced as its pool is: every member names what the stacked matrix takes."""
+    whole = stacked(members)
+    method = methods.describe(step.method)
+    cost = method.cost((whole.shape[0], whole.shape[1]), len(step.experts), step.arguments, whole.compute_bytes)
+    others = whole.read_bytes + whole.write_bytes - step.read_bytes - step.write_bytes
+    kept = sum(each.base.nbytes for each in members if each.base and each is not step)
+    device_bytes = cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes
+    return replace(
+        step,
+        pool=pool,
+        passes=cost.passes,
+        flops=cost.flops if step is members[0] else 0,
+        workspace_bytes=cost.workspace_bytes + kept,
+        device_bytes=device_bytes + others,
+    )
 
 
 def _step(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from itertools import groupby
 
 from streammerge.memory import block_elements, is_held
 from streammerge.plan import Plan
 from streammerge.readahead import Request
-from streammerge.step import Step
+from streammerge.step import Step, stacked
 from streammerge.streamed_deltas import Sources
 
 
@@ -17,12 +18,15 @@ class Schedule:
     skip      tensors that an earlier run finished: not merged again, though a look at the model sees them
     resident  every step's inputs are kept until it is merged, so that it reads them once
 
-    `steps` are to be merged; `looks` are the passes before, each a number and a step.
+    `steps` are to be merged, those of a pool as one; `looks` are the passes before, each a number and a step.
     """
 
     def __init__(self, plan: Plan, skip: Container[str], *, resident: bool = False) -> None:
         self._memory, self._resident = plan.memory, resident
-        self.steps = [step for step in plan.steps if step.name not in skip]
+        pools = groupby(plan.steps, key=lambda step: step.pool or step.name)
+        units = [tuple(parts) for _, parts in pools]
+        # a pool of which one matrix is missing is merged as a whole
+        self.steps = [stacked(parts) for parts in units if any(part.name not in skip for part in parts)]
         looking = {step.method for step in self.steps if step.looks_at_model}
         seen = [step for step in plan.steps if step.looks_at_model and step.method in looking]
         most = max((step.looks for step in seen), default=0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
@@ -25,6 +25,8 @@ class Step:
     by_row     blocks are whole rows of the last dimension
     looks_at_model  its looks see all such steps before the first is merged
     beside     for each expert what lies beside its weights, and in which of the plan's models
+    pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
+    parts      of the matrices stacked from a pool: each one's step, from top to bottom
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
@@ -44,6 +46,8 @@ class Step:
     by_row: bool = False
     looks_at_model: bool = False
     beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
+    pool: str | None = None
+    parts: tuple[Step, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,3 +89,23 @@ class Step:
     def compute_bytes(self) -> int:
         """Bytes of one element in the arithmetic: 4, or 8 where float64 comes in."""
         return 8 if self.element_bytes == 8 else 4
+
+
+def stacked(parts: Sequence[Step]) -> Step:
+    """One step for the matrices of a pool, stacked by rows; a single step stays what it is."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def entry(entries: Sequence[TensorEntry]) -> TensorEntry:
+        rows = sum(each.shape[0] for each in entries)
+        nbytes = sum(each.nbytes for each in entries)
+        return replace(entries[0], shape=(rows, entries[0].shape[1]), nbytes=nbytes)
+
+    bases = [part.base for part in parts if part.base]
+    return replace(
+        first,
+        base=entry(bases) if bases else None,
+        experts=tuple(entry(entries) for entries in zip(*(part.experts for part in parts), strict=True)),
+        parts=tuple(parts),
+    )

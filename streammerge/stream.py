@@ -6,7 +6,7 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streammerge import methods
 from streammerge.checkpoint import Storage
-from streammerge.outcome import Block, Norms, Outcome, Tally, naming, refuse_overflow
+from streammerge.outcome import Block, Norms, Tally, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
@@ -45,6 +45,7 @@ class Stream:
         self._plan = plan
         self._schedule = Schedule(plan, skip)
         self.to_read_bytes = self._schedule.read_bytes
+        self._skip = skip
         self._looks: dict[str, methods.Look] = {}
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
@@ -98,33 +99,31 @@ class Stream:
         started = time.perf_counter()
         block = self._schedule.block_elements(step)
         reader = StepReader(self.ahead, self._schedule.sources(step), block)
-        outcome = Outcome(step.name, step.method)
-        tally = Tally(Norms(len(step.experts)))
+        tallies = {part.name: Tally(part) for part in step.parts or (step,)}
         torch.set_num_threads(_threads_for(step))
         merge = self._copy if step.method == COPY else self._by_matrix if step.by_matrix else self._by_element
         waiting: Block | None = None
-        for finished in merge(step, reader, block, outcome, tally):
+        for finished in merge(step, reader, block, tallies):
             if waiting is not None:
+                if finished.name != waiting.name:
+                    waiting.outcome = tallies[waiting.name].settled()
                 yield waiting
             waiting = finished
         reader.finish()
         self.workspace.reset()
-        outcome.seconds = time.perf_counter() - started
-        if step.base is not None:
-            tally.settle(outcome, step.elements)
         last = waiting or Block(step.name, 0, memoryview(b""), lambda: None)
-        last.outcome = outcome
+        last.outcome = tallies[last.name].settled()
+        last.outcome.seconds = time.perf_counter() - started
         yield last
 
-    def _copy(self, step: Step, reader: StepReader, block: int, outcome: Outcome, tally: Tally) -> Iterator[Block]:
+    def _copy(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         for number, first in enumerate(range(0, step.elements, block)):
             run, give_back = reader.take(number)
             yield self._emit(step, first, run)
             give_back()
 
-    def _by_element(
-        self, step: Step, reader: StepReader, block: int, outcome: Outcome, tally: Tally
-    ) -> Iterator[Block]:
+    def _by_element(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
+        tally = tallies[step.name]
         method = methods.describe(step.method)
         function = method.load()
         runs = _Runs(reader, step, block, held=self._schedule.is_held(step))
@@ -139,7 +138,7 @@ class Stream:
         for deltas in self._blocks(step, reader, runs, passes, tally.norms):
             deltas.seen = look
             merged = function(deltas, **step.arguments)
-            outcome.facts.update(deltas.facts)
+            tally.outcome.facts.update(deltas.facts)
             yield self._emit(step, deltas.first_element, deltas.base(), merged, tally)
 
     def _look_at_model(self, number: int, step: Step) -> None:
@@ -163,22 +162,25 @@ class Stream:
             )  # fmt: skip
             self.workspace.reset()
 
-    def _by_matrix(self, step: Step, reader: StepReader, block: int, outcome: Outcome, tally: Tally) -> Iterator[Block]:
+    def _by_matrix(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         function = methods.describe(step.method).load()
-        blocks = -(-step.elements // block)
         deltas = MatrixDeltas(
-            step, self._plan.names, reader, blocks, self.workspace, tally.norms,
-            seed=self._plan.recipe.seed, beside=reader.beside(0),
+            step, self._plan.names, reader, self._schedule.sources(step).blocks(block), self.workspace,
+            [tally.norms for tally in tallies.values()], seed=self._plan.recipe.seed, beside=reader.beside(0),
         )  # fmt: skip
         merged = function(deltas, **step.arguments)
-        outcome.facts.update(deltas.facts)
         stored = merged.T if step.role.transposed else merged
         rows = block // step.shape[1]
-        for first in range(0, step.shape[0], rows):
-            part = slice(first, first + rows)
-            base = deltas.stored_base[part].to(deltas.dtype)
-            # contiguous already, unless the matrix is seen transposed
-            yield self._emit(step, first * step.shape[1], base, stored[part].contiguous(), tally)
+        top = 0
+        for part in step.parts or (step,):
+            tally = tallies[part.name]
+            tally.outcome.facts.update(deltas.facts)
+            for first in range(0, part.shape[0], rows) if part.name not in self._skip else ():
+                place = slice(top + first, top + min(first + rows, part.shape[0]))
+                base = deltas.stored_base[place].to(deltas.dtype)
+                # contiguous already, unless the matrix is seen transposed
+                yield self._emit(part, first * step.shape[1], base, stored[place].contiguous(), tally)
+            top += part.shape[0]
 
     def _emit(
         self,

@@ -46,18 +46,27 @@ class Sources:
 
     def requests(self, block_elements: int) -> Iterator[Request]:
         """Every run the step is planned to read, in the order it will take them."""
-        step = self.step
-        if step.by_matrix:
-            yield from cut(*self.origin, block_elements, last=True)
+        if self.step.by_matrix:
+            yield from self._cut(0, block_elements, last=True)
             for number in range(self.passes):
-                for source in self.moving:
-                    yield from cut(*source, block_elements, last=number == self.passes - 1)
+                for source in range(1, 1 + len(self.moving)):
+                    yield from self._cut(source, block_elements, last=number == self.passes - 1)
             return
         for number in range(self.passes):
             last = number == self.passes - 1 and not self._again
             runs = [cut(*source, block_elements, last=last) for source in (self.origin, *self.moving)]
             for together in zip(*runs, strict=True):
                 yield from together
+
+    def blocks(self, block_elements: int) -> int:
+        """Runs of one model."""
+        return sum(-(-part.elements // block_elements) for part in self.step.parts or (self.step,))
+
+    def _cut(self, source: int, block_elements: int, *, last: bool) -> Iterator[Request]:
+        """One matrix's runs; of stacked ones, part by part. The origin is source 0."""
+        for part in self.step.parts or (self.step,):
+            entries = (*((part.base,) if part.base else ()), *part.experts)
+            yield from cut(part.models[source], entries[source], block_elements, last=last)
 
 
 class StepReader:
@@ -66,7 +75,7 @@ class StepReader:
     def __init__(self, ahead: ReadAhead, sources: Sources, block_elements: int) -> None:
         self._ahead, self._step = ahead, sources.step
         self._planned = list(sources.requests(block_elements))
-        self._pass_length = len(sources.moving) * -(-sources.step.elements // block_elements)
+        self._pass_length = len(sources.moving) * sources.blocks(block_elements)
         self._taken = 0
 
     def take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
@@ -153,7 +162,7 @@ class ElementDeltas(Deltas):
         self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
         if not math.isfinite(torch.linalg.vector_norm(self._base).item()):
-            refuse_non_finite(origin.flatten(), step, names[step.models[0]], first_element)
+            refuse_non_finite(origin, step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -202,7 +211,7 @@ class MatrixDeltas(Deltas):
     """A whole matrix [out, in]: W_0 is kept as stored, each expert's delta is formed on demand.
 
     A matrix stored [in, out] is seen transposed. The first `step.passes` iterations were read ahead;
-    further ones are read when asked for.
+    further ones are read when asked for. `norms` are those of the step's parts, if it has any.
     """
 
     def __init__(
@@ -212,7 +221,7 @@ class MatrixDeltas(Deltas):
         reader: StepReader,
         blocks: int,
         workspace: Workspace,
-        norms: Norms,
+        norms: Sequence[Norms],
         *,
         seed: int = 0,
         beside: Callable[[int], Tensor | None] | None = None,
@@ -259,17 +268,22 @@ class MatrixDeltas(Deltas):
             return out.zero_()
         into = out.T if self._step.role.transposed else out
         position = (1 + number * self._moving + moving) * self._blocks
-        squared = 0.0
+        squared = [0.0] * len(self._norms)
         for rows, run, give_back in self._rows(position):
             block = into[rows].copy_(run).sub_(self.stored_base[rows])
             norm = torch.linalg.vector_norm(block).item()
             if not math.isfinite(norm):
-                model = self._step.models[index + (self._step.base is not None)]
-                refuse_non_finite(run.flatten(), self._step, self._names[model], rows.start * run.shape[1])
-            squared += norm * norm
+                self._refuse(rows, run, index + (self._step.base is not None))
+            squared[part_at(self._step, rows.start)[0]] += norm * norm
             give_back()
-        self._norms.squared[index] = squared
+        for norms, total in zip(self._norms, squared, strict=True):
+            norms.squared[index] = total
         return out
+
+    def _refuse(self, rows: slice, run: Tensor, source: int) -> None:
+        number, start = part_at(self._step, rows.start)
+        part = self._step.parts[number] if self._step.parts else self._step
+        refuse_non_finite(run, part, self._names[self._step.models[source]], (rows.start - start) * run.shape[1])
 
     def _read_base(self) -> Tensor:
         entry = self._step.base or self._step.experts[0]
@@ -277,8 +291,7 @@ class MatrixDeltas(Deltas):
         for rows, run, give_back in self._rows(0):
             kept[rows] = run
             if not math.isfinite(torch.linalg.vector_norm(run, dtype=self.dtype).item()):
-                first = rows.start * run.shape[1]
-                refuse_non_finite(run.flatten(), self._step, self._names[self._step.models[0]], first)
+                self._refuse(rows, run, 0)
             give_back()
         return kept
 
@@ -302,6 +315,16 @@ class _MatrixDelta(Delta):
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         return self._deltas.form(self.index, self._number, out)
+
+
+def part_at(step: Step, row: int) -> tuple[int, int]:
+    """Which of a step's parts a row belongs to, and that part's first row; 0, 0 where it has none."""
+    start = 0
+    for number, part in enumerate(step.parts):
+        if row < start + part.shape[0]:
+            return number, start
+        start += part.shape[0]
+    return 0, 0
 
 
 def compute_dtype(step: Step) -> torch.dtype:

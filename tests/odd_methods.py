@@ -25,6 +25,7 @@ NAMES = (
     "returns_a_view",
     "overdraws",
     "raises",
+    "centres_rows",
 )
 
 
@@ -131,3 +132,14 @@ def raises(deltas: Deltas) -> Tensor:
         if delta.index == 1 and ".layers.1." in deltas.name:
             raise ZeroDivisionError("a method's own mistake")
     return deltas.zeros(*deltas.shape)
+
+
+@merge_method(needs_base=True, streams_by="matrix", cost="tests.odd_methods:two_passes")
+def centres_rows(deltas: Deltas, *, pool: str = "none") -> Tensor:
+    """Add what all rows have in common: the answer of a matrix depends on all rows it is stacked with."""
+    merged = deltas.zeros(*deltas.shape)
+    for delta in deltas:
+        change = delta.dense()
+        merged.add_(change).add_(change.mean(dim=0))
+    deltas.note(rows=deltas.shape[0])
+    return merged

@@ -47,6 +47,7 @@ LAYERS = (
     "devices",
     "owners",
     "rules",
+    "pools",
     "budget",
     "checkpoint",
     "errors",

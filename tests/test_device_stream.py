@@ -58,9 +58,12 @@ def planned(
         return make_plan(Recipe.from_dict(recipe), storage, memory_bytes=GIB, device_memory_bytes=device_bytes)
 
 
+def engine(plan: Plan) -> type[Stream] | type[DeviceStream]:
+    return Stream if plan.device_memory is None else DeviceStream
+
+
 def merged(plan: Plan, storage: MemoryStorage) -> dict[str, Tensor]:
-    engine = Stream if plan.device_memory is None else DeviceStream
-    data, _ = streamed(engine(plan, storage))
+    data, _ = streamed(engine(plan)(plan, storage))
     return {step.name: tensor_of(data[step.name], step.dtype, step.shape) for step in plan.steps}
 
 

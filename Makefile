@@ -1,8 +1,9 @@
 # Each target makes what it needs from a fresh clone: `.venv` holds all that is installed.
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= bench/results
 
-.PHONY: help demo test test-long lint bench clean
+.PHONY: help demo test test-long lint bench gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -40,6 +41,10 @@ lint: .venv/dev  ## format, lint, types
 
 bench: .venv/dev  ## measure; rows go to bench/results
 	$(BIN)/python bench/run_all.py
+
+# needs torch and triton, and nothing of ours installed
+gpu:  ## check and measure on a GPU in under nine minutes: `make gpu OUT=DIR`
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py $(OUT)
 
 clean:  ## remove everything that was made here
 	rm -rf .venv .cache build dist demo-output

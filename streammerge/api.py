@@ -23,6 +23,7 @@ from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from streammerge.capture import Captured
     from streammerge.device_stream import DeviceStream
     from streammerge.report import Report
     from streammerge.stream import Stream
@@ -149,6 +150,44 @@ def verify(out: str | os.PathLike[str], *, storage: Storage | None = None) -> Ve
     from streammerge.verification import verify as check
 
     return check(os.fspath(out), storage or LocalStorage())
+
+
+def capture(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    max_tokens: int = 512,
+    samples: int | None = None,
+    batch_size: int = 8,
+    fisher: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Captured:
+    """Run a model over a JSON Lines file and store what `regmean` and `fisher` need of it in the new folder `out`.
+
+    See `streammerge.capture.capture`, which says what the tensors are. Needs transformers.
+    """
+    # torch takes seconds to load, and this refuses without it
+    refuse_taken(os.fspath(out), resume=resume)
+    devices.prepare_torch()
+    from streammerge.capture import capture as run_capture
+
+    return run_capture(
+        os.fspath(model),
+        os.fspath(data),
+        os.fspath(out),
+        storage or LocalStorage(),
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        max_tokens=max_tokens,
+        samples=samples,
+        batch_size=batch_size,
+        fisher=fisher,
+        resume=resume,
+        progress=progress,
+    )
 
 
 def _engine(planned: Plan) -> type[Stream] | type[DeviceStream]:

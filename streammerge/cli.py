@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from streammerge.errors import StreamMergeError, quoted
 from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
+from streammerge.solve.cost import Cost
 from streammerge.storage.local import LocalStorage
 
 DIFFERENT = 3
@@ -171,6 +173,74 @@ def verify(out: str, as_json: bool) -> None:
         sys.exit(DIFFERENT)
 
 
+@cli.command(
+    epilog="""\b
+Examples:
+  streammerge capture math --data math.jsonl -o math-covariance
+  streammerge capture math --data math.jsonl -o math-data --fisher --samples 256 --memory 8GiB
+
+A line of FILE is {"text": …}, {"prompt": …, "completion": …} or {"messages": […]}, which goes
+through the tokenizer's chat template."""
+)
+@click.argument("model")
+@click.option("--data", metavar="FILE", required=True, help="JSON Lines file of samples.")
+@click.option("-o", "--out", metavar="DIR", required=True, help="The new folder; the Fisher goes to DIR/fisher.")
+@click.option("--fisher", is_flag=True, help="Also store the diagonal Fisher, with the data's own labels.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use the first N samples. Default: all.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), metavar="N", default=512, help="Tokens of a sample. Default: 512."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=8,
+    help="Samples of one length to run together. Default: 8.",
+)
+@memory_option
+@click.option("--resume", is_flag=True, help="Continue an interrupted capture of the same inputs.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def capture(
+    model: str,
+    data: str,
+    out: str,
+    fisher: bool,
+    samples: int | None,
+    max_tokens: int,
+    batch_size: int,
+    memory: str | None,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run a model over text for regmean and fisher."""
+    try:
+        with ProgressLine("capturing", silent=quiet) as progress:
+            captured = api.capture(
+                model,
+                data,
+                out,
+                memory=memory,
+                max_tokens=max_tokens,
+                samples=samples,
+                batch_size=batch_size,
+                fisher=fisher,
+                resume=resume,
+                progress=progress.show,
+            )
+    except KeyboardInterrupt as interrupt:
+        partial = f"{os.path.abspath(out)}.partial"
+        hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
+        raise click.Abort(*([hint] if os.path.isdir(partial) else [])) from interrupt
+    for warning in captured.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps(captured.totals()))
+    else:
+        click.echo(captured.summary(), err=True)
+
+
 @cli.command("methods")
 @click.argument("name", required=False)
 @json_option
@@ -313,9 +383,31 @@ def _method_text(method: methods.Method) -> str:
         scope = ", per model" if parameter.per_expert else ""
         choices = f" ({' | '.join(parameter.choices)})" if parameter.choices else ""
         lines.append(f"  {parameter.name:{width}}  {parameter.summary}{choices}; default {parameter.default}{scope}")
+    if method.notes:
+        lines += ["", *(f"  {line}".rstrip() for line in method.notes.splitlines())]
     base = "needs a base" if method.needs_base else "needs no base"
+    data = f" · needs a {method.beside} of each expert" if method.beside else ""
     paper = f" · https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')}" if method.paper else ""
-    return "\n".join([*lines, "", f"  streams by {method.streams_by} · {base}{paper}"])
+    cost = _example_cost(method)
+    passes = "once" if cost.passes == 1 else f"{cost.passes} times"
+    beside = f", {format_bytes(cost.workspace_bytes)} beside them" if method.streams_by == "matrix" else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"  {_EXAMPLE}: {cost.flops / 1e12:.3g} TFLOP, inputs read {passes}{beside}",
+            f"  streams by {method.streams_by} · {base}{data}{paper}",
+        ]
+    )
+
+
+_EXAMPLE, _EXAMPLE_SHAPE, _EXAMPLE_EXPERTS = "a 4096 x 4096 matrix of 3 experts", (4096, 4096), 3
+
+
+def _example_cost(method: methods.Method) -> Cost:
+    """What the method takes by its defaults for one matrix of float32 arithmetic."""
+    defaults = {parameter.keyword: parameter.default for parameter in method.parameters.values()}
+    return method.cost(_EXAMPLE_SHAPE, _EXAMPLE_EXPERTS, defaults, 4)
 
 
 def _method_json(method: methods.Method) -> dict[str, Any]:
@@ -325,6 +417,9 @@ def _method_json(method: methods.Method) -> dict[str, Any]:
         "paper": method.paper,
         "needs_base": method.needs_base,
         "streams_by": method.streams_by,
+        "beside": method.beside,
+        "notes": method.notes,
+        "cost": {"of": _EXAMPLE, **asdict(_example_cost(method))},
         "parameters": {
             p.name: {
                 "type": p.type,

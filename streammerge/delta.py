@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from streammerge_kernels.delta_pack import Packed
 
 PerExpert = float | Sequence[float]
 """A method parameter that a recipe may set for each expert."""
+
+Settings = Mapping[str, Any] | None
+"""A method parameter that holds the parameters of the method it wraps."""
 
 
 class Delta(ABC):
@@ -39,6 +42,7 @@ class Deltas(ABC):
     dtype      the dtype of the arithmetic: float32, or float64 for float64 checkpoints
     device     where the tensors are
     experts    how many experts there are
+    based      whether W_0 is a base model's; without one it is the first expert's
     facts      what the method notes for the report
     whole      shape of the whole tensor, of which this may be a block
     first_element  where in the flattened whole tensor this block begins
@@ -53,6 +57,7 @@ class Deltas(ABC):
     experts: int
     facts: dict[str, float | int | str | bool]
     whole: tuple[int, ...]
+    based: bool = True
     first_element: int = 0
     seed: int = 0
     seen: Any = None
@@ -136,7 +141,7 @@ class TensorDeltas(Deltas):
         self._experts = list(experts)
         self.name = name
         self.shape = self.whole = tuple(origin.shape)
-        self.seed = seed
+        self.based, self.seed = base is not None, seed
         self._beside = beside
         wide = any(t.dtype == torch.float64 for t in (origin, *experts))
         self.dtype = torch.float64 if wide else torch.float32

@@ -38,6 +38,7 @@ class DeviceDeltas(Deltas):
     ) -> None:
         self.name = step.name
         self.first_element, self.seed, self._beside = first_element, seed, beside
+        self.based = step.base is not None
         self._transposed = step.by_matrix and step.role.transposed
         self.shape = tuple(self._seen(origin).shape)
         self.whole = self.shape if step.by_matrix else step.shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streammerge.budget import format_bytes
 from streammerge.errors import PlanError, quoted
-from streammerge.memory import BLOCK_BUFFERS, OUTPUT_BUFFERS, block_elements
+from streammerge.memory import OUTPUT_BUFFERS, block_elements
 from streammerge.step import COPY, Step
 
 # steps that are on the device at once: one computes while the next one's inputs arrive and the last one's result leaves
@@ -38,7 +38,7 @@ def step_device_bytes(step: Step, slot_bytes: int) -> int:
     if not step.by_matrix:
         there = step.elements if stays_whole(step) else block
         stored = there * step.element_bytes * (len(step.models) + 1)
-        return stored + block * step.compute_bytes * BLOCK_BUFFERS + step.device_bytes
+        return stored + block * step.compute_bytes * step.block_buffers + step.device_bytes
     return step.read_bytes + step.device_bytes + step.write_bytes + block * step.compute_bytes * OUTPUT_BUFFERS
 
 

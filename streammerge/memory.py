@@ -20,8 +20,6 @@ FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
 MATRIX_RESERVE_BYTES = 128 << 20
-# buffers of an element-wise block: merged, delta, base, and three temporaries of torch's own
-BLOCK_BUFFERS = 6
 # a matrix is rounded and written block by block: sum, and two temporaries
 OUTPUT_BUFFERS = 3
 
@@ -62,7 +60,7 @@ def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     """What a step takes beside the slots."""
     block = min(block_elements(step, slot_bytes), step.elements) * step.compute_bytes
     if not step.by_matrix:
-        return block * BLOCK_BUFFERS
+        return block * step.block_buffers
     kept_base = step.base.nbytes if step.base else 0
     return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
 

@@ -43,13 +43,13 @@ def roles_from_model(config: Mapping[str, Any]) -> dict[str, Role]:
     model that it ships.
     """
     try:
-        return _roles_of(_build(_without_dropped_keys(config)))
-    except _not_buildable() as error:
+        return _roles_of(build(without_dropped_keys(config)))
+    except not_buildable() as error:
         logger.debug("no owners for model type `%s`: %r", config.get("model_type"), error)
         return {}
 
 
-def _not_buildable() -> tuple[type[Exception], ...]:
+def not_buildable() -> tuple[type[Exception], ...]:
     """What a constructor may raise, of whatever class config.json names, given whatever it contains.
 
     A missing package or attribute, a wrong type, sizes that do not divide, an assertion, a file that
@@ -73,15 +73,15 @@ def _not_buildable() -> tuple[type[Exception], ...]:
     return (*causes, StrictDataclassError)
 
 
-def _without_dropped_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_dropped_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_dropped_keys(value) if isinstance(value, Mapping) else value
+        key: without_dropped_keys(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key not in _DROPPED_KEYS
     }
 
 
-def _build(config: dict[str, Any]) -> Any:
+def build(config: dict[str, Any]) -> Any:
     """The model, its parameters on the meta device."""
     import transformers
     from accelerate import init_empty_weights
@@ -105,7 +105,7 @@ def _roles_of(model: Any) -> dict[str, Role]:
     prefix = f"{model.base_model_prefix}."
 
     roles: dict[str, Role] = {}
-    for disk_name, memory_name, tensor, flipped in _stored_tensors(model):
+    for disk_name, memory_name, tensor, flipped in stored_tensors(model):
         path, _, leaf = memory_name.rpartition(".")
         parent_path, _, attribute = path.rpartition(".")
         if not tensor.is_floating_point() or (memory_name in buffers and tensor.ndim > 1):
@@ -125,7 +125,7 @@ def _roles_of(model: Any) -> dict[str, Role]:
     return roles
 
 
-def _stored_tensors(model: Any) -> Iterator[tuple[str, str, Tensor, bool]]:
+def stored_tensors(model: Any) -> Iterator[tuple[str, str, Tensor, bool]]:
     """Every tensor as (name on disk, name in memory, the tensor as on disk, stored flipped).
 
     First as the hub stores them, one matrix an expert, then as they are in memory. Where transformers

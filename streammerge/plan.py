@@ -182,10 +182,10 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
 
 def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tuple[Step, ...]:
     reference = models[0]
-    reads_base = methods.describe(recipe.method).needs_base or any(
-        rule.method and methods.describe(rule.method).needs_base for rule in recipe.rules
-    )
-    if reads_base and not recipe.base:
+    used = [methods.describe(name) for name in (recipe.method, *(r.method for r in recipe.rules)) if name]
+    needs_base = any(method.needs_base for method in used)
+    reads_base = needs_base or bool(recipe.base and any(method.takes_base for method in used))
+    if needs_base and not recipe.base:
         raise PlanError(
             "a rule's method works on changes from a base, but the recipe has no `base_model`",
             hint="Add `base_model: DIR` to the recipe.",
@@ -265,6 +265,9 @@ def _step(
         shape = reference.elements // reference.shape[-1], reference.shape[-1]
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
     cost = method.cost(shape, len(entries), arguments, 8 if widest == 8 else 4)
+    beside = _beside(method, models, experts, name, shape if by_matrix else None, reference)
+    # one of them is in memory at a time
+    read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) if by_matrix else 0
     return Step(
         name=name,
         role=role,
@@ -277,11 +280,12 @@ def _step(
         by_matrix=by_matrix,
         passes=cost.passes,
         flops=cost.flops,
-        workspace_bytes=cost.workspace_bytes,
-        device_bytes=cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes,
+        workspace_bytes=cost.workspace_bytes + read_beside,
+        device_bytes=(cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes) + read_beside,
         by_row=by_row,
+        block_buffers=cost.block_buffers,
         looks_at_model=not by_matrix and cost.passes > 1 and cost.look_scope == "model",
-        beside=_beside(method, models, experts, name, shape if by_matrix else None, reference),
+        beside=beside,
     )
 
 

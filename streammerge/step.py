@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
 from streammerge.rules import Role
+from streammerge.solve.cost import BLOCK_BUFFERS
 
 COPY = "copy"
 
@@ -24,6 +25,7 @@ class Step:
     passes     how often a matrix reads its experts; of other steps the last one merges, the others look
     by_row     blocks are whole rows of the last dimension
     looks_at_model  its looks see all such steps before the first is merged
+    block_buffers  how many buffers of a block's size a step by element or row holds
     beside     for each expert what lies beside its weights, and in which of the plan's models
     pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
     parts      of the matrices stacked from a pool: each one's step, from top to bottom
@@ -45,6 +47,7 @@ class Step:
     device_bytes: int = 0
     by_row: bool = False
     looks_at_model: bool = False
+    block_buffers: int = BLOCK_BUFFERS
     beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
     pool: str | None = None
     parts: tuple[Step, ...] = ()

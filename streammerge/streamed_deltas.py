@@ -150,7 +150,7 @@ class ElementDeltas(Deltas):
         if step.by_row:
             origin, moving = origin.view(-1, step.columns), [run.view(-1, step.columns) for run in moving]
         self.shape, self.whole = tuple(origin.shape), step.shape
-        self.seed, self._beside = seed, beside
+        self.based, self.seed, self._beside = step.base is not None, seed, beside
         self.dtype = compute_dtype(step)
         self.device = torch.device("cpu")
         self.experts = len(step.experts)
@@ -229,7 +229,7 @@ class MatrixDeltas(Deltas):
         self.name = step.name
         rows, columns = step.shape
         self.shape = self.whole = (columns, rows) if step.role.transposed else (rows, columns)
-        self.seed, self._beside = seed, beside
+        self.based, self.seed, self._beside = step.base is not None, seed, beside
         self.dtype = compute_dtype(step)
         self.device = torch.device("cpu")
         self.experts = len(step.experts)

@@ -15,6 +15,7 @@ LAYERS = (
     "progress",
     "__init__",
     "api",
+    "capture",
     "verification",
     "report",
     "write",

@@ -167,7 +167,10 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
     assert torch.equal(linear_io._ordered(tiny), words.to(torch.int32))
 
 
-@pytest.mark.parametrize("script", ["generate", "memory", "correctness", "speed", "linear_io", "readers", "run_all", "gpu"])
+SCRIPTS = ("generate", "memory", "correctness", "speed", "linear_io", "readers", "run_all", "gpu")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_is_listed_in_the_readme(script):
     assert f"`{script}.py`" in (BENCH / "README.md").read_text()
     assert (BENCH / f"{script}.py").is_file()

@@ -14,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import cache
 import measure
+import recipes
 import texts
 from models import Training
 
 import demo
+from streammerge import methods
+from streammerge.recipe import Recipe
 
 
 class Letters:
@@ -150,3 +153,22 @@ def test_the_table_has_a_row_for_each_model_and_a_column_for_each_domain() -> No
         "base            3.000  5.000  4.000         0%",
         "expert code     2.000  5.500  3.750        38%",
     ]
+
+
+@pytest.mark.parametrize("name", recipes.names("all"))
+def test_every_method_has_a_recipe_that_is_valid(name: str) -> None:
+    method = recipes.method_of(name)
+    experts = [Path(letter) for letter in "xyz"]
+    data = [Path("data")] * 3 if method.beside else []
+    recipe = Recipe.from_dict(recipes.recipe(name, Path("base"), experts, data))
+    assert recipe.method == method.name
+    assert len(recipe.experts) == {**dict.fromkeys(recipes.ONE_EXPERT, 1), "nuslerp": 2}.get(name, 3)
+    assert all((expert.beside is not None) == (method.beside is not None) for expert in recipe.experts)
+
+
+def test_all_means_every_method_and_what_there_is_not_is_refused() -> None:
+    assert {recipes.method_of(name).name for name in recipes.names("all")} == set(methods.names())
+    assert recipes.names("actmat, ties") == ["actmat", "ties"]
+    for wrong in ("actmatt", "", "actmat,linear"):
+        with pytest.raises(SystemExit, match=r"error: no method .*\n\nhint: Take of: all, average"):
+            recipes.names(wrong)

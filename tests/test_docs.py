@@ -44,7 +44,8 @@ def test_the_file_map_names_every_source_file_and_no_other():
         str(path.relative_to(ROOT))
         for folder in ("streammerge", "kernels", "demo", "bench")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py" or path.parent.name == "methods"
+        # an `__init__.py` that only says what its folder is needs no line
+        if path.name != "__init__.py" or len(path.read_text().splitlines()) > 30
     }
     assert mapped - {"tests/"} == sources
 

@@ -599,7 +599,13 @@ def test_four_models_of_7b_are_planned_without_torch(tmp_path: Path) -> None:
     assert sizes.split()[2] == "None"
 
 
-def test_every_method_of_the_table_can_be_planned() -> None:
-    for name in methods.names():
-        plan = planned(recipe(name), memory=4 * GIB)
-        assert name in methods_of(plan).values()
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_of_the_table_can_be_planned(name: str) -> None:
+    beside = methods.describe(name).beside
+    matrix = next(name for name in LLAMA if "q_proj" in name)
+    rows, columns = LLAMA[matrix][1]
+    data = {matrix: ("F32", (columns, columns) if beside == "covariance" else (rows, columns))}
+    models = [{"model": expert, **({beside: "data"} if beside else {})} for expert in "ab"]
+    plan = planned(recipe(name, models=models), family(data=data), memory=4 * GIB)
+    assert name in methods_of(plan).values()
+    assert [s.name for s in plan.steps if any(s.beside)] == ([matrix] if beside else [])

@@ -25,6 +25,40 @@ METHODS: dict[str, str] = {
     "linear": "streammerge.methods.linear",
     "task_arithmetic": "streammerge.methods.task_arithmetic",
     "actmat": "streammerge.methods.actmat",
+    "tact": "streammerge.methods.tact",
+    "wudi": "streammerge.methods.wudi",
+    "swudi": "streammerge.methods.swudi",
+    "aswudi": "streammerge.methods.aswudi",
+    "ace": "streammerge.methods.ace",
+    "regmean": "streammerge.methods.regmean",
+    "fisher": "streammerge.methods.fisher",
+    "tsv": "streammerge.methods.tsv",
+    "iso_c": "streammerge.methods.iso_c",
+    "iso_cts": "streammerge.methods.iso_cts",
+    "knots": "streammerge.methods.knots",
+    "svc": "streammerge.methods.svc",
+    "fr": "streammerge.methods.fr",
+    "resmerge": "streammerge.methods.resmerge",
+    "larv": "streammerge.methods.larv",
+    "ties": "streammerge.methods.ties",
+    "dare_linear": "streammerge.methods.dare_linear",
+    "dare_ties": "streammerge.methods.dare_ties",
+    "della": "streammerge.methods.della",
+    "della_linear": "streammerge.methods.della_linear",
+    "breadcrumbs": "streammerge.methods.breadcrumbs",
+    "breadcrumbs_ties": "streammerge.methods.breadcrumbs_ties",
+    "sce": "streammerge.methods.sce",
+    "model_stock": "streammerge.methods.model_stock",
+    "ram": "streammerge.methods.ram",
+    "ramplus_tl": "streammerge.methods.ramplus_tl",
+    "from": "streammerge.methods.from_",
+    "slerp": "streammerge.methods.slerp",
+    "nuslerp": "streammerge.methods.nuslerp",
+    "multislerp": "streammerge.methods.multislerp",
+    "karcher": "streammerge.methods.karcher",
+    "nearswap": "streammerge.methods.nearswap",
+    "arcee_fusion": "streammerge.methods.arcee_fusion",
+    "passthrough": "streammerge.methods.passthrough",
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,12 +72,14 @@ def merge_method(
     streams_by: StreamsBy,
     paper: str | None = None,
     cost: str = "streammerge.solve.cost:elementwise",
+    takes_base: bool = False,
     look: str | None = None,
     beside: Beside | None = None,
 ) -> Callable[[Function], Function]:
     """Declare facts the planner needs about a method. Every argument must be a literal.
 
     needs_base   the method works on changes from a common base model
+    takes_base   it does so where the recipe names a base, and else works on the weights (`deltas.based` says which)
     streams_by   "element": any run of elements may be merged by itself, so tensors are cut into
                  blocks and the method applies to every float tensor;
                  "row": the same with blocks of whole rows, deltas.shape = [rows, columns];
@@ -56,7 +92,7 @@ def merge_method(
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost, look, beside
+    del needs_base, streams_by, paper, cost, takes_base, look, beside
 
     def declared(function: Function) -> Function:
         return function
@@ -108,6 +144,7 @@ class Method:
     paper: str | None
     parameters: Mapping[str, Parameter]
     cost_path: str
+    takes_base: bool
     look_path: str | None
     beside: Beside | None
 
@@ -179,6 +216,7 @@ def _describe(name: str, module: str) -> Method:
         paper=facts.get("paper"),
         parameters={parameter.name: parameter for parameter in declared},
         cost_path=facts.get("cost", "streammerge.solve.cost:elementwise"),
+        takes_base=facts.get("takes_base", False),
         look_path=facts.get("look"),
         beside=facts.get("beside"),
     )

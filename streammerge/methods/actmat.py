@@ -17,12 +17,29 @@ from streammerge.solve.normal_equations import solve_normal_equations
     streams_by="matrix",
     cost="streammerge.solve.cost:normal_equations",
 )
-def actmat(deltas: Deltas, *, ridge: float = 0.1, solver: Literal["ridge", "pinv", "exact"] = "ridge") -> Tensor:
+def actmat(
+    deltas: Deltas,
+    *,
+    ridge: float = 0.1,
+    solver: Literal["ridge", "pinv", "exact", "top_k", "flow"] = "ridge",
+    anchor: Literal["auto", "mean", "base", "sum"] = "auto",
+    weight_exponent: float = 0.0,
+    top_k: float = 0.0,
+    time: float = 300.0,
+) -> Tensor:
     """Merge each matrix so that it acts as every expert does on that expert's inputs.
 
-    ridge   strength of the pull towards the experts' mean, relative to the covariances' mean
+    ridge   strength of the pull towards the anchor, relative to the covariances' mean
             eigenvalue; only for solver ridge, more than 0
-    solver  ridge: regularised; pinv: what the paper's code computes; exact: no regularisation
+    solver  ridge: regularised; pinv: what the paper's code computes; exact: no regularisation;
+            top_k: the largest eigenvalues alone; flow: those by gradient flow, ended at `time`
+    anchor  what stays where the solver holds back: the experts' mean, the base's weights (base)
+            or the sum of the changes; auto: base for pinv, else mean
+    weight_exponent  p in 0 to 1: expert t's covariance counts 1/‖D_t‖^2p
+    top_k   share of the eigenvalues that solvers top_k and flow use; 0 for their participation
+            ratio
+    time    how long solver flow follows the gradient, in units of one over the trace's share of
+            one expert
 
     Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in five ways changed:
     it is applied to the changes, Δ = Σ D_t C_t (Σ C_t)⁺, and W_0 + Δ written, as the paper's code does:
@@ -33,8 +50,12 @@ def actmat(deltas: Deltas, *, ridge: float = 0.1, solver: Literal["ridge", "pinv
     experts that did not change a matrix do not count in its mean;
     deltas are scaled by a power of two while they are squared;
     where T·out ≤ in the same solution comes from the smaller system S Sᵀ, S = [D_1; …; D_T].
+    The other settings span the family: weight_exponent 1 is the repository's later `mons` and WUDI's
+    loss, solvers top_k and flow are SWUDI's; see `solve_normal_equations` for the formula.
 
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or ridge ≤ 0.
+    infinity, or a setting out of range.
     """
-    return solve_normal_equations(deltas, solver=solver, ridge=ridge)
+    return solve_normal_equations(
+        deltas, solver=solver, ridge=ridge, anchor=anchor, weight_exponent=weight_exponent, top_k=top_k, time=time
+    )

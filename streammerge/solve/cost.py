@@ -15,10 +15,17 @@ PANEL = 128
 NORM_PANEL = 1 << 18
 # blocks of elements begin at multiples of this, so that sums over panels do not depend on the cut
 PANEL_ELEMENTS = 1 << 13
+# of an element-wise block: merged, delta, base, and three temporaries of torch's own
+BLOCK_BUFFERS = 6
 # packing buffers of the matrix products, and what is smaller
 _SMALL_BYTES = 8 << 20
 # workspaces of cuBLAS and cuSOLVER, partial sums
 _DEVICE_SMALL_BYTES = 96 << 20
+# solvers that take the spectrum, in float64 whatever the dtype
+SPECTRAL = ("pinv", "top_k", "flow")
+# integers that a search for the largest entries works with, on an accelerator for more entries at a time
+_SEARCH_BYTES = 16 << 20
+_DEVICE_SEARCHED = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +35,7 @@ class Cost:
     passes        of an element-wise method: one, and those that its look at the whole tensor takes
     device_bytes  the same workspace on an accelerator, what its libraries take included; None where the
                   method does there what it does on the CPU
+    block_buffers how many buffers of a block's size a method by element or row holds at once
     look_scope    whether a look sees one tensor, or all tensors of the model before the first is merged
     """
 
@@ -36,6 +44,7 @@ class Cost:
     passes: int
     device_bytes: int | None = None
     look_scope: Literal["tensor", "model"] = "tensor"
+    block_buffers: int = BLOCK_BUFFERS
 
 
 def elementwise(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
@@ -60,72 +69,118 @@ def may_escalate(solver: str, ridge: float, columns: int, itemsize: int) -> bool
     With λ = ridge·tr(A)/in the condition number is at most 1 + in/ridge; from ridge = 8·in·eps32 up,
     rounding in the Gram and in its factor cannot make the system look indefinite.
     """
-    if itemsize == 8 or solver == "pinv":
+    if itemsize == 8 or solver in SPECTRAL:
         return False
     return solver == "exact" or ridge < 8 * columns * EPS32
 
 
-def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
-    """Price of `solve.normal_equations`: the most over how many experts may turn out to have changed."""
-    rows, columns = shape
-    solver, ridge = str(parameters.get("solver", "ridge")), float(parameters.get("ridge", 0.1))
-    one_pass = form(experts, rows, columns) == "dual" and solver != "exact"
-    sizes = {experts * rows} if one_pass else {t * rows for t in range(1, experts + 1) if t * rows <= columns}
-    elements = max(_dual_elements(rows, columns, size, solver, one_pass) for size in sizes | {rows})
-    if not one_pass:
-        elements = max(elements, _primal_elements(rows, columns))
-    widest = 8 if may_escalate(solver, ridge, columns, itemsize) else itemsize
-    largest = columns if not one_pass else experts * rows
-    # the spectrum is taken in float64: its work, and for pinv the other half of the buffer it lies in
-    lapack = 0 if solver == "ridge" else (2 * largest**2 + 6 * largest + 1) * 8
-    lapack += largest**2 * (8 - itemsize) if solver == "pinv" else 0
-    panels = (2 * max(rows, columns, largest) + BLOCK_ROWS) * (PANEL + BLOCK_ROWS)
-    return Cost(
-        workspace_bytes=(elements + panels) * widest + 8 * NORM_PANEL + lapack + _SMALL_BYTES,
-        flops=_flops(rows, columns, experts, solver),
-        passes=1 if one_pass else 2,
-        device_bytes=_device_bytes(rows, columns, experts, solver, widest, one_pass),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _System:
+    """What a price depends on, beside the shape."""
+
+    solver: str
+    ridge: float
+    anchored: bool
+    to_anchor: bool
+    shaped: bool
+    trimmed: bool
+    measured: bool
+
+    @property
+    def spectral(self) -> bool:
+        return self.solver in SPECTRAL
+
+
+def _system(parameters: Mapping[str, Any]) -> _System:
+    solver, anchor = str(parameters.get("solver", "ridge")), str(parameters.get("anchor", "auto"))
+    trimmed, measured = float(parameters.get("density", 1.0)) < 1.0, bool(parameters.get("measured"))
+    shaped = trimmed or bool(parameters.get("center", False))
+    to_anchor = solver in SPECTRAL or (solver == "exact" and (shaped or measured))
+    from_base = anchor == "base" or (anchor == "auto" and solver == "pinv")
+    return _System(
+        solver=solver,
+        ridge=float(parameters.get("ridge", 0.1)),
+        anchored=not (to_anchor and from_base),
+        to_anchor=to_anchor and not from_base,
+        shaped=shaped,
+        trimmed=trimmed,
+        measured=measured,
     )
 
 
-def _device_bytes(rows: int, columns: int, experts: int, solver: str, widest: int, one_pass: bool) -> int:
+def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
+    """Price of `solve.normal_equations`: the most over how many experts may turn out to have changed.
+
+    The parameters are its own; `measured` says that the covariances come from outside.
+    """
+    rows, columns = shape
+    system = _system(parameters)
+    solver = system.solver
+    primal_alone = system.measured or form(experts, rows, columns) == "primal"
+    one_pass = not primal_alone and solver != "exact" and not system.shaped
+    sizes = {experts * rows} if one_pass else {t * rows for t in range(1, experts + 1) if t * rows <= columns}
+    sizes = set() if system.measured else sizes | {rows}
+    elements = max((_dual_elements(rows, columns, size, system, one_pass) for size in sizes), default=0)
+    if not one_pass:
+        elements = max(elements, _primal_elements(rows, columns, system))
+    widest = 8 if may_escalate(solver, system.ridge, columns, itemsize) else itemsize
+    largest = columns if not one_pass else experts * rows
+    # the spectrum is taken in float64: its work, and where it is the solver the other half of the buffer it lies in
+    lapack = 0 if solver == "ridge" else (2 * largest**2 + 6 * largest + 1) * 8
+    lapack += largest**2 * (8 - itemsize) if system.spectral else 0
+    panels = (2 * max(rows, columns, largest) + BLOCK_ROWS) * (PANEL + BLOCK_ROWS)
+    small = _SMALL_BYTES + (_SEARCH_BYTES if system.trimmed else 0)
+    return Cost(
+        workspace_bytes=(elements + panels) * widest + 8 * NORM_PANEL + lapack + small,
+        flops=_flops(rows, columns, experts, system),
+        passes=1 if one_pass else 2,
+        device_bytes=_device_bytes(rows, columns, experts, system, widest, one_pass),
+    )
+
+
+def _device_bytes(rows: int, columns: int, experts: int, system: _System, widest: int, one_pass: bool) -> int:
     """The most of the two forms: what the solver holds, and copies that torch's libraries make of it."""
     matrix, packed = rows * columns, 2 * experts * rows * columns
     primal = 0 if one_pass else widest * (4 * columns**2 + 5 * matrix) + 4 * max(rows, columns) ** 2
     size = min(experts * rows, columns)
     dual = widest * (4 * size**2 + 2 * rows * size + 3 * matrix) + 4 * rows * size
-    # float64 has no working format: the deltas are stacked as they are
-    dual += 8 * size * columns if widest == 8 else 0
-    spectrum = 0 if solver == "ridge" else 32 * (size if one_pass else columns) ** 2
-    return max(primal, dual) + packed + spectrum + _DEVICE_SMALL_BYTES
+    # float64 has no working format, nor have factors other than the deltas: they are stacked as they are
+    dual += widest * size * columns if widest == 8 or system.shaped else 0
+    spectrum = 0 if system.solver == "ridge" else 32 * (size if one_pass else columns) ** 2
+    further = widest * matrix * (system.to_anchor + system.shaped)
+    search = 20 * min(matrix, _DEVICE_SEARCHED) if system.trimmed else 0
+    return max(primal, dual) + packed + spectrum + further + search + _DEVICE_SMALL_BYTES
 
 
-def _primal_elements(rows: int, columns: int) -> int:
-    # anchor, delta, right-hand side; the Gram and one expert's Gram, later the factor
-    return 3 * rows * columns + 2 * columns**2
+def _primal_elements(rows: int, columns: int, system: _System) -> int:
+    # anchor, delta, right-hand side; the way to another anchor, what a covariance is made of in place of
+    # the delta; the Gram and one expert's Gram, later the factor
+    return (3 + system.to_anchor + system.shaped) * rows * columns + 2 * columns**2
 
 
-def _dual_elements(rows: int, columns: int, size: int, solver: str, one_pass: bool) -> int:
+def _dual_elements(rows: int, columns: int, size: int, system: _System, one_pass: bool) -> int:
     # anchor, stacked deltas, Gram, right-hand side; the delta surveyed before or the spectral product;
     # a copy of the Gram where it is needed again
-    spectral = solver != "ridge"
+    if system.shaped:
+        return 3 * rows * columns + size * columns + 2 * size**2 + rows * size
+    spectral = system.solver != "ridge"
     spare = 0 if one_pass and not spectral else rows * (size if one_pass else columns)
     return rows * columns + size * columns + size**2 * (1 + spectral) + rows * size + spare
 
 
-def _flops(rows: int, columns: int, experts: int, solver: str) -> int:
+def _flops(rows: int, columns: int, experts: int, system: _System) -> int:
     stacked = experts * rows
-    if form(experts, rows, columns) == "dual":
+    if form(experts, rows, columns) == "dual" and not system.measured:
         size = stacked
         gram = stacked**2 * columns + 2 * rows * stacked * columns
         spread = 2 * rows * stacked * columns
     else:
         size = columns
-        left = by_left_gram(rows, columns)
+        left = by_left_gram(rows, columns) and not system.measured
         share = 4 * rows**2 * columns if left else 2 * rows * columns**2
         # the expert that is the anchor needs no product
-        gram = stacked * columns**2 + (experts if solver == "pinv" else experts - 1) * share
-        spread = 0
-    factor = 9 * size**3 if solver == "pinv" else size**3 // 3
-    solve = (4 if solver == "pinv" else 2) * rows * size**2
+        gram = (0 if system.measured else stacked * columns**2) + (experts - system.anchored) * share
+        spread = 2 * rows * columns**2 * system.to_anchor
+    factor = 9 * size**3 if system.spectral else size**3 // 3
+    solve = (4 if system.spectral else 2) * rows * size**2
     return gram + factor + solve + spread

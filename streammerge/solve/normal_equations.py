@@ -1,13 +1,14 @@
 """Solve M A = N, the system of ACTMat and its relatives, tensor by tensor and one expert at a time.
 
-A = Σ C_t, N = Σ D_t C_t, C_t = D_tᵀD_t for the experts' changes D_t = W_t - W_0, [out, in].
+A = Σ w_t C_t, N = Σ w_t D_t C_t, for the experts' changes D_t = W_t - W_0, [out, in]; C_t = D_tᵀD_t and w_t = 1
+unless a method says otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,22 +17,36 @@ from streammerge.delta import Deltas
 from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import EPS32, form, may_escalate
+from streammerge.solve.covariances import OWN, Measured, Own, Shaped
+from streammerge.solve.filters import Filter, cut_at, flow, largest
 from streammerge.solve.packed import packed_dual, packed_primal, packed_survey
+from streammerge.solve.rule import AnchorName, Rule, SolverName
 from streammerge.solve.spectral import Equilibrated, Ridge, Spectral
 from streammerge.solve.survey import Survey, survey
-from streammerge.solve.systems import System, dual, primal
+from streammerge.solve.systems import System, dual, factored_dual, primal
+from streammerge.solve.terms import Terms, weights_by_norm
 from streammerge_kernels.delta_pack import Packed
 from streammerge_kernels.matmul import fast_matmul
-
-SolverName = Literal["ridge", "pinv", "exact"]
 
 # a certificate is within a factor of two of the true error, and the promise is 1e-3
 _TRUSTED = 5e-4
 
 
-def solve_normal_equations(deltas: Deltas, *, solver: SolverName, ridge: float) -> Tensor:
-    """The merged change M of one matrix, always as a change from the base.
+def solve_normal_equations(
+    deltas: Deltas,
+    *,
+    solver: SolverName,
+    ridge: float = 0.1,
+    anchor: AnchorName = "auto",
+    weight_exponent: float = 0.0,
+    top_k: float = 0.0,
+    time: float = 300.0,
+    density: float = 1.0,
+    center: bool = False,
+) -> Tensor:
+    """The merged change M of one matrix, always as a change from the base: Θ + (N - ΘA) V diag(f/λ) Vᵀ.
 
+    A = V diag(λ) Vᵀ; by `solver`, with the mean change for Θ but for pinv, which has Θ = 0:
     ridge   M = (N + λD̄)(A + λI)⁻¹, λ = ridge·tr(A)/in, D̄ the mean change: Tikhonov towards the mean;
             below ridge = 8·in·2⁻²³ in float64 where float32 fails or its certificate is above 5e-4
     pinv    M = N A⁺ without eigenvalues up to in·2⁻²³ of the largest, as float32 `torch.linalg.pinv`
@@ -39,19 +54,42 @@ def solve_normal_equations(deltas: Deltas, *, solver: SolverName, ridge: float) 
             factor in float32, where its certificate is above 5e-4 in float64, where a pivot vanishes
             there too the spectrum cut at in·2⁻⁵². Where eigenvalues lie at that cut (experts equal up
             to float32 rounding, merged low-rank adapters) A⁺ itself is not determined by the weights
+    top_k   f = 1 for the ⌈in·top_k⌉ largest eigenvalues, or for top_k 0 as many as the participation ratio
+            (Σ√λ)²/Σλ says, else 0; eigenvalues within rounding of zero never count
+    flow    f = 1 - exp(-λ·time) for the same eigenvalues, λ of A divided by its trace and times T:
+            gradient flow from Θ, ended at `time`
 
-    Experts that did not change the matrix are left out. With one left, or all the same, `ridge` and
-    `exact` return its change exactly. Deltas are scaled by a power of two, so small ones do not vanish
-    when squared. Works in `deltas.dtype`; notes solver, form, certificate (the estimated relative
-    error of the solution, from one refinement step of 32 rows) and what it fell back to.
+    anchor           Θ = mean D_t, 0 or Σ D_t instead
+    weight_exponent  w_t = ‖D_t‖^(-2·weight_exponent)
+    density, center  C_t of the largest entries of D_t only, and of those less each column's mean
+
+    Experts that did not change the matrix are left out. With one left, or all the same, what keeps D̄ (all
+    solvers but pinv; of one expert also anchor sum) returns its change exactly, unless C_t is of other entries.
+    Deltas are scaled by a power of two, so small ones do not vanish when squared. Works in `deltas.dtype`;
+    notes solver, form, certificate (the estimated relative error of the solution, from one refinement step of
+    32 rows) and what it fell back to.
 
     Returns [out, in] in `deltas.dtype`, in the step's workspace. Raises MergeError for a NaN or an
     infinity, for ridge ≤ 0, and where A + λI stays indefinite in float64.
     """
-    if solver == "ridge" and not ridge > 0.0:
-        raise MergeError(f"ridge is {ridge}, expected more than 0", hint="Use `solver: exact` for no ridge at all.")
+    rule = Rule(
+        solver=solver,
+        ridge=ridge,
+        anchor=anchor,
+        weight_exponent=weight_exponent,
+        top_k=top_k,
+        time=time,
+        density=density,
+        center=center,
+    )
+    return solve_by(deltas, rule)
+
+
+def solve_by(deltas: Deltas, rule: Rule, measured: Measured | None = None) -> Tensor:
+    """The same, with the w_t C_t that were `measured` where they are given; then every expert counts."""
+    rule.check()
     with fast_matmul() if deltas.device.type == "cpu" else nullcontext():
-        return _Solution(deltas, solver, ridge).merged()
+        return _Solution(deltas, rule, measured).merged()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,28 +102,35 @@ class _Solved:
 class _Solution:
     """One tensor's way through: survey, system, solver, and a second try in float64."""
 
-    def __init__(self, deltas: Deltas, solver: SolverName, ridge: float) -> None:
-        self.deltas, self.solver, self.ridge = deltas, solver, ridge
+    def __init__(self, deltas: Deltas, rule: Rule, measured: Measured | None) -> None:
+        self.deltas, self.rule, self.solver, self.measured = deltas, rule, rule.solver, measured
         self.rows, self.columns = deltas.shape
-        self.escalates = may_escalate(solver, ridge, self.columns, deltas.dtype.itemsize)
+        self.escalates = may_escalate(self.solver, rule.ridge, self.columns, deltas.dtype.itemsize)
         self.buffers = Buffers(deltas, torch.float64 if self.escalates else deltas.dtype)
-        self.anchored = solver != "pinv"
+        shaped = rule.density < 1.0 or rule.center
+        shape = Shaped(self.buffers, density=rule.density, center=rule.center) if shaped else OWN
+        self.covariances: Own = measured or shape
+        # what A does not see is the anchor's: with ridge that is Y's business, else Θ has to be the anchor itself;
+        # where nothing is cut and the changes lie in A's range, any Θ does
+        self.to_anchor = self.solver in ("pinv", "top_k", "flow") or (
+            self.solver == "exact" and self.covariances.factored
+        )
+        self.anchored = not (self.to_anchor and rule.anchors == "base")
         # the exact solver's form depends on which columns changed, known only after a pass
-        self.one_pass = form(deltas.experts, self.rows, self.columns) == "dual" and solver != "exact"
+        is_dual = form(deltas.experts, self.rows, self.columns) == "dual"
+        self.one_pass = is_dual and self.solver != "exact" and not self.covariances.factored
 
     def merged(self) -> Tensor:
-        looked = packed_survey(self.deltas, self.solver)
-        packed, seen = looked or (
-            None,
-            survey(self.deltas, self._slot, self.buffers, count_columns=self.solver == "exact"),
-        )
-        if not seen.used or (seen.identical and self.anchored):
+        looked = None if self.covariances.factored else packed_survey(self.deltas, self.solver)
+        packed, seen = looked or (None, self._survey())
+        if not seen.used or self._agreed(seen):
             self.deltas.note(
                 solver=self.solver if seen.used else "none", form="none", certificate=0.0, escalation="none"
             )
             return self._only_change(seen, formed=packed is None)
         is_dual = self.one_pass or form(len(seen.used), self.rows, seen.columns) == "dual"
-        if self.solver == "pinv":
+        is_dual = is_dual and self.measured is None
+        if self.solver in ("pinv", "top_k", "flow"):
             # taken first at the size that the spectrum needs it in
             size = len(seen.used) * self.rows if is_dual else self.columns
             self.buffers.take("spare", torch.float64, size, size)
@@ -98,11 +143,42 @@ class _Solution:
             solved, escalation = self._solve(system, seen, last=True), "float64"
         if solved is None:
             raise MergeError(
-                f"{quoted(self.deltas.name)}: the experts' covariance with ridge {self.ridge} is not positive definite",
+                f"{quoted(self.deltas.name)}: the experts' covariance with ridge {self.rule.ridge} is not positive "
+                "definite",
                 hint="Raise `ridge`, or use `solver: exact`.",
             )
         self._note(seen, solved, is_dual, escalation)
         merged = system.merged().mul_(1.0 / seen.scale)
+        return self._narrowed(merged, is_dual)
+
+    def _survey(self) -> Survey:
+        measured = self.measured
+        count_columns = self.solver == "exact" and measured is None
+        seen = survey(self.deltas, self._slot, self.buffers, count_columns=count_columns, covariances=self.covariances)
+        if measured is not None and seen.used:
+            # to have changed nothing counts too, on the inputs that an expert saw
+            seen.identical = seen.identical and len(seen.used) == self.deltas.experts
+            seen.used = list(range(self.deltas.experts))
+            seen.traces, seen.columns = measured.look()
+            seen.measured_scale = measured.scale
+        return seen
+
+    def _agreed(self, seen: Survey) -> bool:
+        """Whether the merged change is that of the first expert, whatever A is."""
+        if not seen.identical or (self.covariances.factored and self.measured is None):
+            return False
+        keeps_one = self.rule.anchors == "sum" and len(seen.used) == 1
+        return self.solver == "exact" or self.rule.anchors == "mean" or keeps_one
+
+    def _terms(self, seen: Survey) -> Terms:
+        if self.measured is not None:
+            total = math.fsum(self.measured.weights)
+            shares = tuple(weight / total for weight in self.measured.weights)
+            return Terms(experts=len(seen.used), shares=shares if self.rule.anchors == "mean" else None, anchor="base")
+        weights = weights_by_norm(seen.energies, self.rule.weight_exponent)
+        return Terms(experts=len(seen.used), anchor=self.rule.anchors, weights=weights)
+
+    def _narrowed(self, merged: Tensor, is_dual: bool) -> Tensor:
         if merged.dtype == self.deltas.dtype:
             return merged
         idle = "stack" if is_dual else "delta"
@@ -119,9 +195,19 @@ class _Solution:
         return only
 
     def _packed_system(self, packed: Packed, seen: Survey, is_dual: bool) -> System:
+        terms = self._terms(seen)
         if is_dual:
-            return packed_dual(packed, seen, self.buffers, anchored=self.anchored, keep_gram=self.solver != "ridge")
-        return packed_primal(packed, seen, self.buffers, ridge_lambda=self._lambda(seen) * seen.scale**2)
+            anchored = terms.anchor != "base"
+            keep_gram = self.solver != "ridge"
+            return packed_dual(packed, seen, self.buffers, anchored=anchored, keep_gram=keep_gram, terms=terms)
+        return packed_primal(
+            packed,
+            seen,
+            self.buffers,
+            ridge_lambda=self._lambda(seen) * seen.gram_scale,
+            terms=terms,
+            to_anchor=self.to_anchor and self.anchored,
+        )
 
     def _slot(self, used: int) -> Tensor:
         dtype = self.deltas.dtype
@@ -131,9 +217,22 @@ class _Solution:
         return stack[used * self.rows : (used + 1) * self.rows]
 
     def _system(self, seen: Survey, dtype: torch.dtype, is_dual: bool) -> System:
+        terms = self._terms(seen)
         if not is_dual:
-            pull = self._lambda(seen) * seen.scale**2
-            return primal(self.deltas, seen, dtype, self.buffers, ridge_lambda=pull, anchored=self.anchored)
+            return primal(
+                self.deltas,
+                seen,
+                dtype,
+                self.buffers,
+                ridge_lambda=self._lambda(seen) * seen.gram_scale,
+                anchored=self.anchored,
+                terms=terms,
+                covariances=self.covariances,
+                to_anchor=self.to_anchor and self.anchored,
+                formed=self.measured is None,
+            )
+        if self.covariances.factored:
+            return factored_dual(self.deltas, seen, dtype, self.buffers, terms=terms, covariances=self.covariances)
         stack = self.buffers.take("stack", dtype, len(seen.used) * self.rows, self.columns)
         if self.one_pass and dtype == self.deltas.dtype:
             stack.mul_(seen.scale)
@@ -143,13 +242,14 @@ class _Solution:
                     first = seen.used.index(delta.index) * self.rows
                     delta.dense(out=stack[first : first + self.rows]).mul_(seen.scale)
         keep_gram = self.solver != "ridge"
-        return dual(stack, self.rows, self.buffers, anchored=self.anchored, keep_gram=keep_gram)
+        anchored = terms.anchor != "base"
+        return dual(stack, self.rows, self.buffers, anchored=anchored, keep_gram=keep_gram, terms=terms)
 
     def _solve(self, system: System, seen: Survey, *, last: bool) -> _Solved | None:
         """Leave X in `system.right`, or return None where another attempt is needed."""
         before = system.right[system.sample()]
         if self.solver == "ridge":
-            ridge_lambda = self._lambda(seen) * seen.scale**2
+            ridge_lambda = self._lambda(seen) * seen.gram_scale
             factor = Ridge(system, ridge_lambda)
             if not factor.usable:
                 return None
@@ -165,16 +265,30 @@ class _Solution:
                     return _Solved(certificate=certificate, rank=min(len(system.gram), seen.columns))
             if not last:
                 return None
-            cut = self.columns * torch.finfo(torch.float64).eps
-        else:
-            cut = self.columns * EPS32
-        spectral = Spectral(system, cut)
+        spectral = Spectral(system, self._filter(system, seen))
         spectral.solve_(system.right)
-        certificate = system.certificate(before, spectral, 0.0)
+        certificate = system.certificate(spectral.filtered(before), spectral, 0.0)
         return _Solved(certificate=certificate, rank=spectral.rank, spectral=True)
 
+    def _filter(self, system: System, seen: Survey) -> Filter:
+        dtype, top_k = system.gram.dtype, self.rule.top_k
+        if self.solver == "top_k":
+            return largest(self.columns, top_k, dtype)
+        if self.solver == "flow":
+            unit = self._trace(seen) * seen.gram_scale / len(seen.used)
+            return flow(self.columns, top_k, dtype, self.rule.time / (unit or 1.0))
+        return cut_at(self.columns * (torch.finfo(torch.float64).eps if self.solver == "exact" else EPS32))
+
+    def _trace(self, seen: Survey) -> float:
+        """tr(A)."""
+        weights = weights_by_norm(seen.energies, self.rule.weight_exponent)
+        if weights is None and not self.covariances.factored:
+            return seen.energy
+        return math.fsum(map(math.prod, zip(seen.traces, weights or [1.0] * len(seen.traces), strict=True)))
+
     def _lambda(self, seen: Survey) -> float:
-        return self.ridge * seen.energy / self.columns if self.solver == "ridge" else 0.0
+        # where no C_t has an entry any λ leaves the anchor
+        return self.rule.ridge * (self._trace(seen) or 1.0) / self.columns if self.solver == "ridge" else 0.0
 
     def _note(self, seen: Survey, solved: _Solved, is_dual: bool, escalation: str) -> None:
         if solved.spectral and self.solver == "exact":

@@ -16,13 +16,15 @@ from streammerge.delta import Deltas
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.survey import Survey
 from streammerge.solve.systems import System
+from streammerge.solve.terms import Terms
 from streammerge_kernels.delta_pack import SCALE, Packed
 from streammerge_kernels.gram import add_gram_, mirror_
 from streammerge_kernels.moment import add_moment_
 
 # what may be lost in packing, relative to an expert's change: float16 keeps 2⁻¹² of each entry, which ridge
 # takes over unamplified and the solvers without one multiply by the square root of A's condition number
-MOST_LOST = {"ridge": 2.0**-12, "exact": 2.0**-15, "pinv": 2.0**-15}
+MOST_LOST = {"ridge": 2.0**-12}
+_MOST_LOST_OTHERWISE = 2.0**-15
 
 
 def packed_survey(deltas: Deltas, solver: str) -> tuple[Packed, Survey] | None:
@@ -33,9 +35,10 @@ def packed_survey(deltas: Deltas, solver: str) -> tuple[Packed, Survey] | None:
     squares = packed.column_squares
     facts = torch.stack((squares.sum(1), packed.lost_squares, packed.changed.double(), packed.largest.double()))
     energies, lost, changed, largest = facts.tolist()
+    most_lost = MOST_LOST.get(solver, _MOST_LOST_OTHERWISE)
     fits = all(
         biggest * SCALE < torch.finfo(torch.float16).max
-        and gone <= MOST_LOST[solver] ** 2 * energy
+        and gone <= most_lost**2 * energy
         and (energy > 0.0 or not count)
         for energy, gone, count, biggest in zip(energies, lost, changed, largest, strict=True)
     )
@@ -45,6 +48,8 @@ def packed_survey(deltas: Deltas, solver: str) -> tuple[Packed, Survey] | None:
     seen = Survey(
         used=used,
         energy=math.fsum(energies),
+        energies=[energies[index] for index in used],
+        traces=[energies[index] for index in used],
         identical=all(_equal(packed, used[0], other) for other in used[1:]),
         columns=int(torch.count_nonzero(squares.sum(0))),
         scale=SCALE,
@@ -53,12 +58,21 @@ def packed_survey(deltas: Deltas, solver: str) -> tuple[Packed, Survey] | None:
 
 
 def packed_primal(
-    packed: Packed, seen: Survey, buffers: Buffers, *, ridge_lambda: float, left: bool | None = None
+    packed: Packed,
+    seen: Survey,
+    buffers: Buffers,
+    *,
+    ridge_lambda: float,
+    left: bool | None = None,
+    terms: Terms | None = None,
+    to_anchor: bool = False,
 ) -> System:
-    """H = A [n, n] and Y = N + λ·mean D [m, n], in float32 and multiplied by the powers of two of the scale.
+    """H = A [n, n] and Y = N + λΘ [m, n], in float32 and multiplied by the powers of two of the scale.
 
-    Each moment by the cheaper of D (DᵀD) and (D Dᵀ) D unless `left` says.
+    Each moment by the cheaper of D (DᵀD) and (D Dᵀ) D unless `left` says. The mean is the anchor and all
+    weights are 1 without `terms`. `to_anchor` makes it Y = N - ΘA.
     """
+    terms = terms or Terms(experts=len(seen.used))
     changes = [packed.values[index] for index in seen.used]
     rows, columns = changes[0].shape
     # every moment takes two products, one for each half of its Gram
@@ -66,24 +80,39 @@ def packed_primal(
     gram = buffers.take("gram", torch.float32, columns, columns).zero_()
     spare = buffers.take("spare", torch.float32, columns, columns)
     right = buffers.take("right", torch.float32, rows, columns).zero_()
-    for change in changes:
+    for number, change in enumerate(changes):
+        weight = terms.weight(number)
         if left:
-            add_gram_(gram, change)
+            if weight == 1.0:
+                add_gram_(gram, change)
+            else:
+                gram.add_(add_gram_(spare.zero_(), change), alpha=weight)
             across = buffers.take("across", torch.float32, rows, rows).zero_()
-            add_moment_(right, change, mirror_(add_gram_(across, change.mT)), left=True)
+            mirror_(add_gram_(across, change.mT))
+            add_moment_(right, change, across if weight == 1.0 else across.mul_(weight), left=True)
         else:
-            gram.add_(mirror_(add_gram_(spare.zero_(), change)))
+            mirror_(add_gram_(spare.zero_(), change))
+            gram.add_(spare if weight == 1.0 else spare.mul_(weight))
             add_moment_(right, change, spare)
     if ridge_lambda:
-        for change in changes:
-            right.add_(change, alpha=ridge_lambda / len(changes))
+        for number, change in enumerate(changes):
+            right.add_(change, alpha=terms.pull(number, ridge_lambda))
     if left:
         mirror_(gram)
-    return System(anchor=None, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
+    anchor: Tensor | None = None
+    if to_anchor:
+        anchor = buffers.take("anchor", torch.float32, rows, columns).zero_()
+        for number, change in enumerate(changes):
+            anchor.add_(change, alpha=terms.share(number))
+        right.addmm_(anchor, gram, alpha=-1.0)
+    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
 
 
-def packed_dual(packed: Packed, seen: Survey, buffers: Buffers, *, anchored: bool, keep_gram: bool) -> System:
-    """H = S Sᵀ [T·m, T·m] and Y from its blocks: D_t D_tᵀ, less the mean of D_s D_tᵀ over s where `anchored`."""
+def packed_dual(
+    packed: Packed, seen: Survey, buffers: Buffers, *, anchored: bool, keep_gram: bool, terms: Terms | None = None
+) -> System:
+    """H = S Sᵀ [T·m, T·m] and Y from its blocks: D_t D_tᵀ, less the anchor's Σ a_s D_s D_tᵀ where `anchored`."""
+    terms = terms or Terms(experts=len(seen.used))
     values = packed.values if len(seen.used) == len(packed.values) else packed.values[seen.used]
     experts, rows, columns = values.shape
     stack, size = values.reshape(-1, columns), experts * rows
@@ -97,9 +126,10 @@ def packed_dual(packed: Packed, seen: Survey, buffers: Buffers, *, anchored: boo
     if anchored:
         anchor = buffers.take("anchor", torch.float32, rows, columns).zero_()
         for number, change in enumerate(values):
-            right.sub_(blocks[number].view(rows, size), alpha=1.0 / experts)
-            anchor.add_(change, alpha=1.0 / experts)
-    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+            right.sub_(blocks[number].view(rows, size), alpha=terms.share(number))
+            anchor.add_(change, alpha=terms.share(number))
+    system = System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+    return system.weighted_(terms)
 
 
 def _equal(packed: Packed, first: int, second: int) -> bool:

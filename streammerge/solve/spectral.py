@@ -1,4 +1,4 @@
-"""Inverses of a Gram matrix: by an equilibrated Cholesky factor, or by its spectrum, cut."""
+"""Inverses of a Gram matrix: by an equilibrated Cholesky factor, or by its spectrum, filtered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from streammerge.errors import MergeError
 from streammerge.solve.cholesky import cholesky
 from streammerge.solve.cost import BLOCK_ROWS
+from streammerge.solve.filters import Filter
 from streammerge.solve.systems import System
 
 # added to the unit diagonal of the equilibrated Gram: below every pivot of a regular one
@@ -54,14 +55,14 @@ class Equilibrated:
 
 
 class Spectral:
-    """The pseudo-inverse of H without its eigenvalues up to `cut` times the largest; `rank` are kept.
+    """V diag(f/λ) Vᵀ of H = V diag(λ) Vᵀ, f by a filter; `rank` eigenvalues are kept.
 
     The spectrum is taken in float64 also of a float32 H: beside the cut float32's eigenvectors are
     wrong by 1e-2, float64's by no more than H's own rounding, 1e-6 to 1e-3. Needs `system.spare` to
     lie in a buffer of float64's size.
     """
 
-    def __init__(self, system: System, cut: float) -> None:
+    def __init__(self, system: System, select: Filter) -> None:
         self._buffers = system.buffers
         size = len(system.gram)
         wide = self._buffers.take("spare", torch.float64, size, size).copy_(system.gram)
@@ -77,8 +78,10 @@ class Spectral:
             raise MergeError(
                 "the spectrum of the experts' covariance did not converge", hint="Use `solver: ridge`."
             ) from error
-        self.rank = int((values > cut * values[-1]).sum())
-        self._values = values[size - self.rank :].to(system.gram.dtype)
+        divisors = select(values)
+        self.rank = len(divisors)
+        self._values = divisors.to(system.gram.dtype)
+        self._share = (values[size - self.rank :].clamp(min=0.0) / divisors).to(system.gram.dtype)
         self._vectors = self._narrowed(wide[size - self.rank :], system.gram.dtype)
 
     def _narrowed(self, wide: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +97,13 @@ class Spectral:
         return narrow
 
     def solve_(self, right: Tensor) -> Tensor:
-        """Replace `right` [r, k] by right · H⁺."""
+        """Replace `right` [r, k] by right · V diag(f/λ) Vᵀ."""
         along = self._buffers.take("delta", right.dtype, len(right), self.rank)
         torch.mm(right, self._vectors.mT, out=along).div_(self._values)
         return torch.mm(along, self._vectors, out=right)
+
+    def filtered(self, right: Tensor) -> Tensor:
+        """right · V diag(f) Vᵀ: what a product of the solution with H gives back."""
+        if bool((self._share == 1.0).all()):
+            return right
+        return (right @ self._vectors.mT * self._share) @ self._vectors

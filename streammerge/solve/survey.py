@@ -13,6 +13,7 @@ from streammerge.delta import Delta, Deltas
 from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, NORM_PANEL
+from streammerge.solve.covariances import OWN, Own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,19 +22,37 @@ class Survey:
 
     used       indices of the experts that changed the matrix; the others count for nothing
     energy     Σ ‖D_t‖², in float64
+    energies   ‖D_t‖² of each used expert
+    traces     tr(C_t) of each used expert: its energy again, where C_t is its own Gram
     identical  every used expert made the same change
-    columns    how many columns some expert changed; in, where that was not asked for
+    columns    how many columns some C_t has entries in; in, where that was not asked for
     scale      power of two that brings the deltas' root mean square to [1/2, 1)
+    measured_scale  of A, where it is not made of the deltas
     """
 
     used: list[int] = field(default_factory=list)
     energy: float = 0.0
+    energies: list[float] = field(default_factory=list)
+    traces: list[float] = field(default_factory=list)
     identical: bool = True
     columns: int = 0
     scale: float = 1.0
+    measured_scale: float | None = None
+
+    @property
+    def gram_scale(self) -> float:
+        """What A is multiplied by."""
+        return self.scale**2 if self.measured_scale is None else self.measured_scale
 
 
-def survey(deltas: Deltas, slot: Callable[[int], Tensor], buffers: Buffers, *, count_columns: bool = False) -> Survey:
+def survey(
+    deltas: Deltas,
+    slot: Callable[[int], Tensor],
+    buffers: Buffers,
+    *,
+    count_columns: bool = False,
+    covariances: Own = OWN,
+) -> Survey:
     """Look at every expert once.
 
     slot  gives the [out, in] buffer for the next delta, from how many were used before it;
@@ -43,7 +62,7 @@ def survey(deltas: Deltas, slot: Callable[[int], Tensor], buffers: Buffers, *, c
     Raises MergeError at the first NaN or infinity.
     """
     seen = Survey(columns=deltas.shape[1])
-    largest = torch.zeros(deltas.shape[1], dtype=deltas.dtype) if count_columns else None
+    largest = torch.zeros(deltas.shape[1], dtype=deltas.dtype, device=deltas.device) if count_columns else None
     for delta in deltas:
         change = delta.dense(out=slot(len(seen.used)))
         squared = squared_norm(change, buffers)
@@ -55,8 +74,11 @@ def survey(deltas: Deltas, slot: Callable[[int], Tensor], buffers: Buffers, *, c
             seen.identical = seen.identical and _equal(change, slot(0))
         seen.used.append(delta.index)
         seen.energy += squared
+        seen.energies.append(squared)
+        factor = covariances.factor(change)
+        seen.traces.append(squared if factor is change else squared_norm(factor, buffers))
         if largest is not None:
-            torch.maximum(largest, torch.linalg.vector_norm(change, math.inf, dim=0), out=largest)
+            torch.maximum(largest, torch.linalg.vector_norm(factor, math.inf, dim=0), out=largest)
     if largest is not None:
         seen.columns = int(torch.count_nonzero(largest))
     if seen.used:

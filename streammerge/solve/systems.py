@@ -5,6 +5,10 @@ primal  H = A = Σ D_tᵀD_t  [n, n],  Y = Σ (D_t - Θ)(D_tᵀD_t + λ/T)  [m, 
 dual    H = S Sᵀ  [T·m, T·m],       Y_t = (D_t - Θ) D_tᵀ  [m, T·m],          Δ = Θ + X S,  Θ = mean D_t
 With X = Y (H + λ)⁻¹ both are (N + λ·mean D_t)(A + λ)⁻¹. The primal form saves the product of the expert that
 is its anchor; in the dual form, where products cost less, λ drops out of Y. Θ = 0 leaves N itself.
+
+In general A = Σ w_t F_tᵀF_t, F_t being D_t itself or what a covariance is made of instead, and Θ₀ = Σ a_t D_t
+is what is kept where A says nothing: `terms` and `covariances`. The primal Y then is Σ w_t (D_t - Θ) F_tᵀF_t +
+λ(Θ₀ - Θ), or, with `to_anchor`, Θ itself becomes Θ₀ afterwards: what a filter other than λ's needs.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from torch import Tensor
 from streammerge.delta import Deltas
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
+from streammerge.solve.covariances import OWN, Own
 from streammerge.solve.survey import Survey
+from streammerge.solve.terms import Terms
 from streammerge_kernels.gram import add_gram_, mirror_
 from streammerge_kernels.moment import add_product_
 
@@ -39,6 +45,7 @@ class System:
     spare    [k, k]  memory for a factor; H's own where H is not needed after it was factored
     stack    [k, n]  S of the dual form, else None; float16 where it comes packed
     buffers  where more memory comes from
+    roots    [k]     √w_t of each row of the stack that it does not hold itself; None where all are 1
 
     All others are in one dtype, and all are multiplied by the survey's scale.
     """
@@ -49,6 +56,17 @@ class System:
     spare: Tensor
     stack: Tensor | None
     buffers: Buffers
+    roots: Tensor | None = None
+
+    def weighted_(self, terms: Terms) -> System:
+        """Give the dual form its weights: S's rows count √w_t, in H and Y, but stay as they are."""
+        if terms.weights is not None:
+            roots = torch.tensor(terms.weights, dtype=torch.float64).sqrt_()
+            rows = len(self.gram) // len(roots)
+            self.roots = roots.repeat_interleave(rows).to(self.gram.device, self.gram.dtype)
+            self.gram.mul_(self.roots).mul_(self.roots[:, None])
+            self.right.mul_(self.roots)
+        return self
 
     def sample(self) -> Tensor:
         """Indices of at most 32 rows, evenly spread."""
@@ -58,11 +76,16 @@ class System:
 
     def product(self, x: Tensor) -> Tensor:
         """x [r, k] · H, without H in the dual form: it may have been factored in place."""
-        return x @ self.gram if self.stack is None else _times(self.spread(x), self.stack.mT)
+        if self.stack is None:
+            return x @ self.gram
+        product = _times(self.spread(x), self.stack.mT)
+        return product if self.roots is None else product.mul_(self.roots)
 
     def spread(self, x: Tensor) -> Tensor:
         """x [r, k] in terms of the matrix's own columns: [r, n]."""
-        return x if self.stack is None else _times(x, self.stack)
+        if self.stack is None:
+            return x
+        return _times(x if self.roots is None else x * self.roots, self.stack)
 
     def certificate(self, right: Tensor, solver: Solver, ridge_lambda: float) -> float:
         """Relative size of one refinement step on the sampled rows: it estimates the error of X.
@@ -83,6 +106,8 @@ class System:
             return self.right if self.anchor is None else self.anchor.add_(self.right)
         if self.anchor is None:
             return self.spread(self.right)
+        if self.roots is not None:
+            self.right.mul_(self.roots)
         return add_product_(self.anchor, self.right, self.stack)
 
 
@@ -101,14 +126,20 @@ def primal(
     ridge_lambda: float,
     anchored: bool,
     left: bool | None = None,
+    terms: Terms | None = None,
+    covariances: Own = OWN,
+    to_anchor: bool = False,
+    formed: bool = True,
 ) -> System:
     """Read the experts again and add up A and Y.
 
     Each product by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says. `anchored` takes the first
-    used expert's change for Θ, which the survey left in buffer "anchor"; else Θ is zero, and λ has to be.
+    used expert's change for Θ, which the survey left in buffer "anchor" if `formed`; else Θ is zero, and λ has to be.
+    Without `terms` Θ₀ is the mean and all weights are 1. `to_anchor` moves Θ on to Θ₀, where λ has to be zero.
     """
     rows, columns = deltas.shape
-    left = by_left_gram(rows, columns) if left is None else left
+    left = (by_left_gram(rows, columns) if left is None else left) and not covariances.given
+    terms = terms or Terms(experts=len(seen.used))
     anchor = buffers.take("anchor", dtype, rows, columns)
     if not anchored:
         anchor.zero_()
@@ -116,28 +147,52 @@ def primal(
     right = buffers.take("right", dtype, rows, columns).zero_()
     gram = buffers.take("gram", dtype, columns, columns).zero_()
     spare = buffers.take("spare", dtype, columns, columns)
-    pull = ridge_lambda / len(seen.used)
+    way = buffers.take("way", dtype, rows, columns).zero_() if to_anchor else None
     for delta in deltas:
         if delta.index not in seen.used:
             continue
-        if anchored and delta.index == seen.used[0]:
-            if dtype != deltas.dtype:
+        number = seen.used.index(delta.index)
+        weight, pull = terms.weight(number), terms.pull(number, ridge_lambda)
+        if anchored and number == 0:
+            if dtype != deltas.dtype or not formed:
                 delta.dense(out=anchor)
-            add_gram_(gram, anchor.mul_(seen.scale))
+            anchor.mul_(seen.scale)
+            if covariances.given:
+                gram.add_(covariances.fill_(spare, anchor, delta.index), alpha=weight)
+            else:
+                add_gram_(gram, covariances.factor(anchor))
+                if weight != 1.0:
+                    gram.mul_(weight)
             continue
         delta.dense(out=change).mul_(seen.scale)
         if left:
-            add_gram_(gram, change)
-            _add_by_left_gram(right, change, anchor, pull, buffers)
+            factor = covariances.factor(change)
+            if weight == 1.0:
+                add_gram_(gram, factor)
+            else:
+                gram.add_(add_gram_(spare.zero_(), factor), alpha=weight)
+            _add_by_left_gram(right, change, factor, anchor, weight, pull, buffers)
         else:
-            gram.add_(mirror_(add_gram_(spare.zero_(), change)))
+            covariances.fill_(spare, change, delta.index)
+            gram.add_(spare if weight == 1.0 else spare.mul_(weight))
             spare.diagonal().add_(pull)
             right.addmm_(change.sub_(anchor), spare)
+        if way is not None:
+            way.add_(change.sub_(anchor) if left else change, alpha=terms.share(number))
     mirror_(gram)
+    if way is not None:
+        if anchored:
+            way.add_(anchor, alpha=terms.surplus)
+        right.addmm_(way, gram, alpha=-1.0)
+        anchor.add_(way)
+    elif anchored and ridge_lambda and terms.surplus:
+        right.add_(anchor, alpha=ridge_lambda * terms.surplus)
     return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
 
 
-def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, pull: float, buffers: Buffers) -> None:
+def _add_by_left_gram(
+    right: Tensor, change: Tensor, factor: Tensor, anchor: Tensor, weight: float, pull: float, buffers: Buffers
+) -> None:
     rows, columns = change.shape
     height = min(BLOCK_ROWS, rows)
     block = buffers.take("block", change.dtype, height, columns)
@@ -145,15 +200,17 @@ def _add_by_left_gram(right: Tensor, change: Tensor, anchor: Tensor, pull: float
     for row in range(0, rows, BLOCK_ROWS):
         part = slice(row, min(row + BLOCK_ROWS, rows))
         off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
-        across = torch.mm(off_anchor, change.mT, out=products[: part.stop - row])
-        right[part].add_(off_anchor, alpha=pull).addmm_(across, change)
+        across = torch.mm(off_anchor, factor.mT, out=products[: part.stop - row])
+        right[part].add_(off_anchor, alpha=pull).addmm_(across, factor, alpha=weight)
 
 
-def dual(stack: Tensor, rows: int, buffers: Buffers, *, anchored: bool, keep_gram: bool) -> System:
+def dual(
+    stack: Tensor, rows: int, buffers: Buffers, *, anchored: bool, keep_gram: bool, terms: Terms | None = None
+) -> System:
     """Form K = S Sᵀ and Y from the stacked, scaled deltas.
 
     stack      [T·rows, n]
-    anchored   Θ is the deltas' mean, else zero
+    anchored   Θ is the deltas' mean, or `terms`' anchor; else zero
     keep_gram  the factor gets memory of its own
     """
     dtype, (size, columns) = stack.dtype, stack.shape
@@ -167,8 +224,37 @@ def dual(stack: Tensor, rows: int, buffers: Buffers, *, anchored: bool, keep_gra
         part = slice(row, min(row + BLOCK_ROWS, rows))
         off_anchor = block[: part.stop - row]
         for count, change in enumerate(changes if anchored else (), start=1):
-            anchor[part].add_(torch.sub(change[part], anchor[part], out=off_anchor), alpha=1.0 / count)
+            if terms is None or (terms.anchor == "mean" and terms.shares is None):
+                anchor[part].add_(torch.sub(change[part], anchor[part], out=off_anchor), alpha=1.0 / count)
+            else:
+                anchor[part].add_(change[part], alpha=terms.share(count - 1))
         for number, change in enumerate(changes):
             torch.sub(change[part], anchor[part], out=off_anchor)
             torch.mm(off_anchor, change.mT, out=right[part, number * rows : (number + 1) * rows])
-    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+    system = System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+    return system if terms is None else system.weighted_(terms)
+
+
+def factored_dual(
+    deltas: Deltas, seen: Survey, dtype: torch.dtype, buffers: Buffers, *, terms: Terms, covariances: Own
+) -> System:
+    """The dual form where S is not of the deltas themselves: S_t = F_t, Y_t = (D_t - Θ₀) F_tᵀ. Reads the experts."""
+    (rows, columns), size = deltas.shape, len(seen.used) * deltas.shape[0]
+    stack = buffers.take("stack", dtype, size, columns)
+    change = buffers.take("delta", dtype, rows, columns)
+    anchor = buffers.take("anchor", dtype, rows, columns).zero_()
+    right = buffers.take("right", dtype, rows, size)
+    for delta in deltas:
+        if delta.index not in seen.used:
+            continue
+        number = seen.used.index(delta.index)
+        part = slice(number * rows, (number + 1) * rows)
+        delta.dense(out=change).mul_(seen.scale)
+        stack[part] = covariances.factor(change)
+        torch.mm(change, stack[part].mT, out=right[:, part])
+        anchor.add_(change, alpha=terms.share(number))
+    right.addmm_(anchor, stack.mT, alpha=-1.0)
+    gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
+    spare = buffers.take("spare", dtype, size, size)
+    system = System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
+    return system.weighted_(terms)

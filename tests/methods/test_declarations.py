@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from streammerge import methods
-from streammerge.delta import Deltas, PerExpert
+from streammerge.delta import Deltas, PerExpert, Settings
 from streammerge.solve.cost import Cost
 
 
@@ -27,6 +27,8 @@ def test_a_declaration_read_from_source_agrees_with_the_function(name):
         assert described.per_expert == (hint == PerExpert)
         if typing.get_origin(hint) is typing.Literal:
             assert described.choices == typing.get_args(hint)
+        elif hint == Settings:
+            assert described.type == "settings"
         elif not described.per_expert:
             assert described.type == hint.__name__
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from streammerge.delta import TensorDeltas
 
@@ -74,3 +77,15 @@ def _normal(base: Tensor, changed: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
 def relative_error(result: Tensor, reference: Tensor) -> float:
     """‖result - reference‖ / ‖reference‖ in float64."""
     return float((result.double() - reference.double()).norm() / reference.double().norm())
+
+
+def most_held(call: Callable[[], object]) -> int:
+    """Most bytes that the allocator held at once for `call`, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

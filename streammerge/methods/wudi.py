@@ -1,0 +1,58 @@
+"""WUDI: the change that least disturbs any expert's own. https://arxiv.org/abs/2503.08099"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from streammerge.delta import Deltas
+from streammerge.errors import MergeError
+from streammerge.methods import merge_method
+from streammerge.solve.descent import descend
+from streammerge.solve.normal_equations import solve_normal_equations
+
+
+@merge_method(
+    paper="arXiv:2503.08099",
+    needs_base=True,
+    streams_by="matrix",
+    cost="streammerge.solve.cost_covariance:wudi",
+)
+def wudi(
+    deltas: Deltas,
+    *,
+    solver: Literal["exact", "ridge", "pinv"] = "exact",
+    ridge: float = 0.01,
+    iterations: int = 0,
+    learning_rate: float = 1e-5,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Find the change that interferes least with what each expert changed.
+
+    solver      exact: the minimum; ridge: pulled towards the sum of the changes; pinv: without
+                eigenvalues up to in·2⁻²³ of the largest; only where iterations is 0
+    ridge       strength of that pull, relative to the covariances' mean eigenvalue
+    iterations  0 for the closed form; more for that many of Adam's steps from the sum, the paper
+                takes 300
+    learning_rate  of these steps: the most that an entry moves in one
+    lambda      factor of the merged change
+
+    Σ ‖(Δ - D_t) D_tᵀ‖² / ‖D_t‖² is least at Δ = N A⁺, A = Σ C_t/‖D_t‖², N = Σ D_t C_t/‖D_t‖²: where the
+    paper's descent from Σ D_t would end, and what its code takes some hundred steps towards. These
+    steps are Adam's (0.9, 0.999, 1e-8, no decay) with the gradient 2(ΔA - N), which costs one product
+    of [out, in] by [in, in] whatever the number of experts. They are no longer scale-free: an entry
+    moves by about learning_rate·iterations at most, 3e-3 in the paper's setting.
+    Experts that did not change a matrix are left out, where the code divides by zero.
+
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
+    infinity, or a setting out of range.
+    """
+    if iterations < 0:
+        raise MergeError(f"iterations is {iterations}, expected 0 or more")
+    if iterations:
+        merged = descend(deltas, iterations=iterations, learning_rate=learning_rate)
+    else:
+        anchor: Literal["sum", "auto"] = "sum" if solver == "ridge" else "auto"
+        merged = solve_normal_equations(deltas, solver=solver, ridge=ridge, anchor=anchor, weight_exponent=1.0)
+    return merged if lambda_ == 1.0 else merged.mul_(lambda_)

@@ -1,0 +1,158 @@
+"""Random drops: which entries DARE and DELLA keep, and by what they rescale them.
+
+https://arxiv.org/abs/2311.03099, https://arxiv.org/abs/2406.11617
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streammerge.delta import Delta, Deltas, PerExpert
+from streammerge.solve.cost_trim import norm_is_kept, shares, spans
+from streammerge.solve.election import Thin
+from streammerge.solve.panels import panel_sums, row_sums, total
+from streammerge_kernels.drop import drop_key, keep_mask
+from streammerge_kernels.round import random_lanes
+
+# elements ranked and drawn at a time, in whole rows: the integer temporaries then stay in a CPU's cache
+_CHUNK = 1 << 15
+_DEVICE_CHUNK = 1 << 22
+_WORDS = 1 << 32
+
+
+class Drop(Protocol):
+    """A rule of which entries of a block are kept."""
+
+    def keeps_all(self, index: int) -> bool:
+        """Whether nothing of expert `index` is dropped."""
+
+    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
+        """Set what is dropped of an expert's change to zero, in place; `rescale` divides the rest by its chance."""
+
+
+class Dare:
+    """Each entry is kept with probability `density`."""
+
+    def __init__(self, deltas: Deltas, density: PerExpert) -> None:
+        self._densities = shares(density, deltas.experts)
+
+    def keeps_all(self, index: int) -> bool:
+        return self._densities[index] == 1.0
+
+    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
+        density = self._densities[index]
+        mask = keep_mask(
+            change.shape,
+            density=density,
+            seed=deltas.seed,
+            name=deltas.name,
+            expert=str(index),
+            first_index=deltas.first_element,
+            device=change.device,
+        )
+        change.mul_(mask)
+        return change.div_(density) if rescale and density > 0.0 else change
+
+
+class Della:
+    """An entry is kept with a probability that grows with its rank in its row, by magnitude."""
+
+    def __init__(self, deltas: Deltas, density: PerExpert, epsilon: PerExpert) -> None:
+        self._spans = spans(density, epsilon, deltas.experts)
+
+    def keeps_all(self, index: int) -> bool:
+        return self._spans[index] == (1.0, 1.0)
+
+    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
+        least, most = self._spans[index]
+        if most == 0.0:
+            return change.zero_()
+        rows = change.view(-1, change.shape[-1] if change.ndim else 1)
+        columns = rows.shape[1]
+        words = drop_key(deltas.seed, deltas.name, str(index))
+        size = max((_CHUNK if change.device.type == "cpu" else _DEVICE_CHUNK) // max(columns, 1), 1)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            chance = chances(part, least, most)
+            start, skipped = divmod(deltas.first_element + first * columns, 4)
+            drawn = random_lanes(words, start, -(-(skipped + part.numel()) // 4), change.device).view(-1)
+            below = (chance * _WORDS).round_().view(-1)
+            part.mul_((drawn[skipped : skipped + part.numel()] < below).view(part.shape))
+            if rescale:
+                part.div_(chance)
+        return change
+
+
+def chances(rows: Tensor, least: float, most: float) -> Tensor:
+    """DELLA's probability of being kept: from `least`, for the smallest of its row, to `most`; [rows, columns] float64.
+
+    Of equal magnitudes the first is the larger. A row of one entry has the mean of both.
+    """
+    columns = rows.shape[1]
+    if columns == 1:
+        return torch.full_like(rows, (least + most) / 2, dtype=torch.float64)
+    order = torch.sort(rows.abs(), dim=1, descending=True, stable=True).indices
+    steps = torch.arange(columns - 1, -1, -1, dtype=torch.float64, device=rows.device)
+    steps.div_(columns - 1).mul_(most - least).add_(least)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, steps.expand(order.shape))
+
+
+class DropLook:
+    """Sums of the magnitudes of each expert's change, of all and of what is kept: their ratio is in `factors`."""
+
+    def __init__(self, deltas: Deltas, drop: Drop, *, by_row: bool) -> None:
+        self._name, self._drop, self._sums = deltas.name, drop, row_sums if by_row else panel_sums
+        self._all: list[list[Tensor]] = [[] for _ in range(deltas.experts)]
+        self._kept: list[list[Tensor]] = [[] for _ in range(deltas.experts)]
+        self.factors = [1.0] * deltas.experts
+
+    def look(self, number: int, deltas: Deltas) -> None:
+        buffer = deltas.empty(*deltas.shape)
+        for delta in deltas:
+            if self._drop.keeps_all(delta.index):
+                continue
+            change = delta.dense(out=buffer)
+            signs = change.sign()
+            self._all[delta.index].append(self._sums(change, signs))
+            kept = self._drop.drop_(deltas, delta.index, change, rescale=False)
+            self._kept[delta.index].append(self._sums(kept, signs))
+
+    def finish(self, number: int) -> None:
+        for index, (whole, kept) in enumerate(zip(self._all, self._kept, strict=True)):
+            left = total(kept, self._name)
+            self.factors[index] = total(whole, self._name) / left if left else 1.0
+        self._all, self._kept = [], []
+
+
+class DareLook(DropLook):
+    """What `dare_linear` and `dare_ties` rescale by; the arguments are theirs."""
+
+    def __init__(self, deltas: Deltas, *, density: PerExpert = 1.0, **others: object) -> None:
+        super().__init__(deltas, Dare(deltas, density), by_row=False)
+
+
+class DellaLook(DropLook):
+    """What `della` and `della_linear` rescale by; the arguments are theirs."""
+
+    def __init__(
+        self, deltas: Deltas, *, density: PerExpert = 1.0, epsilon: PerExpert = 0.15, **others: object
+    ) -> None:
+        super().__init__(deltas, Della(deltas, density, epsilon), by_row=True)
+
+
+def drop_entries(deltas: Deltas, drop: Drop, *, rescale: bool, rescale_by: str) -> Thin:
+    """What drops entries of a change and rescales the rest: by the look's factor, or each by its chance."""
+    by_norm = norm_is_kept({"rescale": rescale, "rescale_by": rescale_by})
+    drops = not all(map(drop.keeps_all, range(deltas.experts)))
+    assert deltas.seen or not (by_norm and drops), "rescaling takes a look: `Method.merge` sees to it"
+
+    def thin(delta: Delta, change: Tensor) -> Tensor:
+        if drop.keeps_all(delta.index):
+            return change
+        drop.drop_(deltas, delta.index, change, rescale=rescale and not by_norm)
+        return change.mul_(deltas.seen.factors[delta.index]) if by_norm else change
+
+    return thin

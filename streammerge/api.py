@@ -23,7 +23,7 @@ from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
-    from streammerge.capture import Captured
+    from streammerge.capturing import Captured
     from streammerge.device_stream import DeviceStream
     from streammerge.report import Report
     from streammerge.stream import Stream
@@ -168,12 +168,12 @@ def capture(
 ) -> Captured:
     """Run a model over a JSON Lines file and store what `regmean` and `fisher` need of it in the new folder `out`.
 
-    See `streammerge.capture.capture`, which says what the tensors are. Needs transformers.
+    See `streammerge.capturing.capture`, which says what the tensors are. Needs transformers.
     """
     # torch takes seconds to load, and this refuses without it
     refuse_taken(os.fspath(out), resume=resume)
     devices.prepare_torch()
-    from streammerge.capture import capture as run_capture
+    from streammerge.capturing import capture as run_capture
 
     return run_capture(
         os.fspath(model),

@@ -118,6 +118,7 @@ def make_plan(
     names = recipe.names
     _refuse_quantised(models, names)
     _refuse_differences(models, names)
+    _refuse_part_of_the_layers(recipe, models[0], names[0])
     experts = range(1 if recipe.base else 0, len(models))
     besides = [expert.beside for expert in recipe.experts if expert.beside]
     models += tuple(load_checkpoint(storage, location) for location in besides)
@@ -177,6 +178,15 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
             hint="The models must share an architecture and a vocabulary. "
             f"`{escaped(shlex.join(['streammerge', 'inspect', *(m.location for m in models)]))}` "
             "shows them side by side.",
+        )
+
+
+def _refuse_part_of_the_layers(recipe: Recipe, model: Checkpoint, name: str) -> None:
+    layers = layer_count(model.tensors)
+    if recipe.layers not in (None, layers):
+        raise PlanError(
+            f"the recipe's slice takes {recipe.layers} layers of each model, but {quoted(name)} has {layers}",
+            hint=f"streammerge merges whole models: `layer_range: [0, {layers}]`, or `models` instead of `slices`.",
         )
 
 

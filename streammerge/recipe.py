@@ -17,6 +17,7 @@ from streammerge.errors import RecipeError, quoted
 from streammerge.located_yaml import Located, did_you_mean, nearest
 from streammerge.methods import Method, Parameter
 from streammerge.settings import Setting, read_setting, required
+from streammerge.slices import NOT_WHOLE, WHOLE_HINT, listed_models
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -46,7 +47,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A recipe that was read and checked. Two are equal when they ask for the same merge."""
+    """A recipe that was read and checked. Two are equal when they ask for the same merge.
+
+    layers  how many each model must have, where the recipe lists them as one slice over all of their layers
+    """
 
     method: str
     base: str | None
@@ -60,6 +64,7 @@ class Recipe:
     tokenizer_source: str | None = None
     chat_template: str | None = None
     name: str | None = None
+    layers: int | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     written: str | None = field(default=None, compare=False, repr=False)
 
@@ -105,11 +110,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values without empty or default ones; loading them gives an equal recipe."""
+        models = [self._plain_expert(expert) for expert in self.experts]
         plain: dict[str, object] = {
             "name": self.name,
             "merge_method": self.method,
             "base_model": self.base,
-            "models": [self._plain_expert(expert) for expert in self.experts],
+            "models": models if self.layers is None else None,
+            "slices": None if self.layers is None else [{"sources": models}],
             "parameters": _plain_settings(self.parameters),
             "rules": [_plain_rule(rule) for rule in self.rules],
             "dtype": self.dtype,
@@ -123,7 +130,9 @@ class Recipe:
 
     def _plain_expert(self, expert: Expert) -> dict[str, object]:
         beside = {str(methods.describe(self.method).beside): expert.beside}
-        return _plain(model=expert.location, parameters=_plain_settings(expert.parameters), **beside)
+        layer_range = None if self.layers is None else [0, self.layers]
+        parameters = _plain_settings(expert.parameters)
+        return _plain(model=expert.location, layer_range=layer_range, parameters=parameters, **beside)
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
@@ -224,6 +233,7 @@ _KEYS = (
     "merge_method",
     "base_model",
     "models",
+    "slices",
     "parameters",
     "rules",
     "dtype",
@@ -235,20 +245,23 @@ _KEYS = (
     "chat_template",
     "name",
 )
-_NOT_WHOLE = "{} takes models apart in mergekit; streammerge merges whole models"
-_WHOLE_HINT = "List the models under `models`; one slice over all layers of each means the same."
 _ADAPTER = "{} adds a LoRA adapter in mergekit; streammerge takes models as they are"
 _ADAPTER_HINT = "Merge the adapter into its model first and name the result."
 _VOCABULARY = "{} changes the vocabulary in mergekit; streammerge keeps one model's tokenizer"
-_MERGEKIT_KEYS = {key: (_NOT_WHOLE.format(quoted(key)), _WHOLE_HINT) for key in ("slices", "modules")}
+_MERGEKIT_KEYS = {"modules": (NOT_WHOLE.format("`modules`"), WHOLE_HINT)}
 _MERGEKIT_MODEL_KEYS = {
-    "layer_range": (_NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
+    "layer_range": (NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
     "lora": (_ADAPTER.format("`lora`"), _ADAPTER_HINT),
 }
 _MERGEKIT_TOKENIZER_KEYS = {
     key: (_VOCABULARY.format(quoted(key)), "Remove it.") for key in ("tokens", "pad_to_multiple_of")
 }
 _MERGEKIT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+# parameters that mergekit takes and that change no result: of every method, and of some
+_IGNORED = {"int8_mask": "it saves memory in mergekit and changes no result"}
+_IGNORED_BY = {
+    "task_arithmetic": dict.fromkeys(("density", "rescale"), "`task_arithmetic` drops no entries, nor does mergekit's"),
+}
 
 
 class _Reader:
@@ -261,7 +274,8 @@ class _Reader:
         self.method = _method(required(self.fields, "merge_method", root))
         self.base = self.optional("base_model", self.location)
         self.needs_base(self.method, self.fields["merge_method"])
-        self.experts = self.read_experts(required(self.fields, "models", root))
+        listing, self.layers = listed_models(self.fields, root)
+        self.experts = self.read_experts(listing)
         self.models = [*([self.base] if self.base else []), *(expert.location for expert in self.experts)]
 
     def recipe(self, written: str | None) -> Recipe:
@@ -280,6 +294,7 @@ class _Reader:
             tokenizer_source=self.tokenizer_source(),
             chat_template=self.optional("chat_template", self.chat_template),
             name=self.optional("name", Located.text),
+            layers=self.layers,
             warnings=tuple(self.warnings),
             written=written,
         )
@@ -299,14 +314,14 @@ class _Reader:
             fields = item.fields(("model", "parameters", *([beside] if beside else [])), _MERGEKIT_MODEL_KEYS)
             location = self.location(required(fields, "model", item))
             # configs often list the base too; to a method of changes it has nothing to add
-            if self.method.needs_base and _same(location, self.base):
+            if (self.method.needs_base or self.method.takes_base) and _same(location, self.base):
                 continue
             parameters = self.parameters(fields.get("parameters"), self.method, of_expert=True)
             data = self.found(required(fields, beside, item).text("a folder")) if beside else None
             experts.append(Expert(location=location, parameters=parameters, beside=data))
         if not experts:
             found = "only the base model" if node.value else "no model"
-            raise node.error(f"`models` lists {found}", "List at least one model to merge.")
+            raise node.error(f"{quoted(node.key)} lists {found}", "List at least one model to merge.")
         return tuple(experts)
 
     def location(self, node: Located) -> str:
@@ -336,20 +351,21 @@ class _Reader:
         self.warnings.append(f"{node.where}: `{node.key}` is ignored: {reason}")
 
     def warn_of_unmerged_base(self, parameters: Mapping[str, Setting]) -> None:
-        # with a weight for all models mergekit adds an unlisted base to them
+        # mergekit adds an unlisted base to `models`, where it has the settings that each model needs
         per_expert = {each.name for each in self.method.parameters.values() if each.per_expert}
-        shared = not per_expert.isdisjoint(parameters)
+        added = "models" in self.fields and (not per_expert or not per_expert.isdisjoint(parameters))
         listed = any(_same(expert.location, self.base) for expert in self.experts)
-        if self.base and shared and not listed and not self.method.needs_base:
+        if self.base and added and not listed and not (self.method.needs_base or self.method.takes_base):
             reason = f"`{self.method.name}` merges what `models` lists, where mergekit would add the base"
             self.warn(self.fields["base_model"], reason)
 
     def parameters(self, node: Located | None, method: Method, of_expert: bool = False) -> dict[str, Setting]:
         known = method.parameters
+        ignored = _IGNORED | _IGNORED_BY.get(method.name, {})
         settings = {}
         for name, value in node.mapping().items() if node and node.value is not None else ():
-            if name == "int8_mask":
-                self.warn(value, "it saves memory in mergekit and changes no result")
+            if name in ignored:
+                self.warn(value, ignored[name])
                 continue
             if name not in known:
                 listing = f"`streammerge methods {method.name}` lists "

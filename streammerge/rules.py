@@ -241,7 +241,6 @@ def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
-_BEFORE_LAYERS = re.compile(r"embed(?!_out)|(?:^|\.)(?:wte|wpe|shared|conv\d|ln_pre|pre_layrnorm|cls_token)(?:\.|$)")
 
 
 def layer_count(names: Iterable[str]) -> int:
@@ -250,14 +249,15 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def layer_position(name: str, layers: int) -> float:
-    """Where in a model of `layers` layers a tensor sits: 0 up to the first layer, 1 from the last on.
+    """Where on a curve over the depth of a model of `layers` layers a tensor lies, as in mergekit 0.1.5.
 
-    Layer i lies at i / (layers - 1), embeddings at 0, the final norm and the head at 1, as in mergekit.
+    Layer i lies at i / (layers - 1), an only layer at 1. What is outside of the layers lies at 0: the embeddings, and
+    also the final norm and the head.
     """
     index = _layer_index(name)
     if index is None:
-        return 0.0 if _BEFORE_LAYERS.search(name) else 1.0
-    return min(index / (layers - 1), 1.0) if layers > 1 else 0.0
+        return 0.0
+    return min(index / (layers - 1), 1.0) if layers > 1 else 1.0
 
 
 def _layer_index(name: str) -> int | None:

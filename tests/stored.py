@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from streammerge.checkpoint import ByteFile, FileFacts
+from streammerge.device_stream import DeviceStream
 from streammerge.outcome import Outcome
 from streammerge.plan import Plan
 from streammerge.stream import Stream
@@ -70,7 +71,7 @@ class _MemoryFile:
         self._storage.events.append(("close", self._location, 0, 0))
 
 
-def streamed(stream: Stream) -> tuple[dict[str, bytes], dict[str, Outcome]]:
+def streamed(stream: Stream | DeviceStream) -> tuple[dict[str, bytes], dict[str, Outcome]]:
     """Every tensor's bytes and outcome, after a look at the order in which they come."""
     tensors: dict[str, bytearray] = {}
     outcomes: dict[str, Outcome] = {}
@@ -91,6 +92,12 @@ def merged_in_memory(plan: Plan, storage: MemoryStorage) -> dict[str, Tensor]:
     """The merged tensors, by name in the plan's order."""
     data, _ = streamed(Stream(plan, storage))
     assert list(data) == [step.name for step in plan.steps]
+    return {step.name: tensor_of(data[step.name], step.dtype, step.shape) for step in plan.steps}
+
+
+def streamed_tensors(plan: Plan, storage: MemoryStorage) -> dict[str, Tensor]:
+    """The merged tensors by the engine that the plan is for, by name in the plan's order."""
+    data, _ = streamed((Stream if plan.device_memory is None else DeviceStream)(plan, storage))
     return {step.name: tensor_of(data[step.name], step.dtype, step.shape) for step in plan.steps}
 
 

@@ -167,7 +167,7 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
     assert torch.equal(linear_io._ordered(tiny), words.to(torch.int32))
 
 
-SCRIPTS = ("generate", "memory", "correctness", "speed", "linear_io", "readers", "run_all", "gpu")
+SCRIPTS = ("generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "run_all", "gpu")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from streammerge import api, write
-from streammerge.capture import samples
+from streammerge.capturing import samples
 from streammerge.checkpoint import load_checkpoint
 from streammerge.cli import cli
 from streammerge.errors import OutputError, StreamMergeError

@@ -282,8 +282,9 @@ def test_float64_is_merged_in_float64() -> None:
 
 def test_a_curve_over_depth_is_read_at_each_tensors_layer() -> None:
     tensors: Tensors = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (4, 4)) for i in range(5)}
+    tensors |= {"model.norm.weight": ("BF16", (4,)), "lm_head.weight": ("BF16", (8, 4))}
     plan = planned(recipe("task_arithmetic", parameters={"lambda": [0.0, 1.0]}), family(tensors))
-    assert [step.arguments["lambda_"] for step in plan.steps] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [step.arguments["lambda_"] for step in plan.steps] == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.0]
 
 
 def test_the_last_shard_size_wins_over_the_inputs_own() -> None:
@@ -330,6 +331,25 @@ def test_names_and_locations_from_outside_are_never_printed_raw() -> None:
     assert r"`streammerge inspect base 'dir \x1b[2J'`" in raised.value.hint
     for text in (raised.value.message.replace("\n", ""), raised.value.hint):
         assert text.isprintable()
+
+
+def sliced(layers: int, base: str | None = "base") -> Recipe:
+    sources = [{"model": name, "layer_range": [0, layers]} for name in "ab"]
+    mapping = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    return Recipe.from_dict(mapping | ({"base_model": base} if base else {}))
+
+
+@pytest.mark.parametrize("base", ["base", None])
+def test_a_slice_over_all_layers_is_planned_as_models_are(base: str | None) -> None:
+    assert planned(sliced(2, base)).steps == planned(recipe(base=base)).steps
+
+
+@pytest.mark.parametrize(("layers", "base", "name"), [(1, "base", "base"), (3, None, "a")])
+def test_a_slice_over_another_number_of_layers_is_refused(layers: int, base: str | None, name: str) -> None:
+    assert refused(sliced(layers, base)) == (
+        f"the recipe's slice takes {layers} layers of each model, but `{name}` has 2",
+        "streammerge merges whole models: `layer_range: [0, 2]`, or `models` instead of `slices`.",
+    )
 
 
 def test_a_quantised_model_is_refused() -> None:

@@ -194,7 +194,7 @@ models:
 """)
     assert resolved(recipe, "model.layers.0.self_attn.q_proj.weight", 0.25)["weight"] == (0.25, 0.75)
     assert resolved(recipe, "model.layers.0.mlp.up_proj.weight", 0.5)["weight"] == (0.25, 0.5)
-    assert resolved(recipe, "lm_head.weight", 1.0)["weight"] == (0.75, 0.0)
+    assert resolved(recipe, "lm_head.weight", 0.0)["weight"] == (0.75, 1.0)
 
 
 def test_mergekits_long_form_of_a_model_is_read() -> None:
@@ -212,12 +212,42 @@ models:
     )
 
 
-def test_a_base_that_mergekit_would_average_in_is_mentioned() -> None:
-    recipe = Recipe.from_yaml(LINEAR + "base_model: org/base\nparameters: {weight: 1}\n")
+@pytest.mark.parametrize(("method", "settings"), [("linear", "parameters: {weight: 1}\n"), ("karcher", "")])
+def test_a_base_that_mergekit_would_average_in_is_mentioned(method: str, settings: str) -> None:
+    recipe = Recipe.from_yaml(LINEAR.replace("linear", method) + "base_model: org/base\n" + settings)
+    assert [expert.location for expert in recipe.experts] == ["org/a", "org/b"]
     assert recipe.warnings == (
         "recipe.yaml:5: `base_model` is ignored: "
-        "`linear` merges what `models` lists, where mergekit would add the base",
+        f"`{method}` merges what `models` lists, where mergekit would add the base",
     )
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_listed_needs_no_mention(method: str) -> None:
+    recipe = Recipe.from_yaml(LINEAR.replace("linear", method) + "base_model: org/a\n")
+    assert recipe.warnings == ()
+
+
+@pytest.mark.parametrize("listed", ["", "- model: org/base\n"])
+def test_a_method_that_takes_a_base_does_not_merge_it_listed_or_not(listed: str) -> None:
+    text = LINEAR.replace("linear", "nuslerp").replace(
+        "- model: org/b\n", "- model: org/b\n" + f"  {listed}" * bool(listed)
+    )
+    recipe = Recipe.from_yaml(text + "base_model: org/base\nparameters: {weight: 0.5}\n")
+    assert [expert.location for expert in recipe.experts] == ["org/a", "org/b"]
+    assert recipe.warnings == ()
+
+
+def test_parameters_that_change_nothing_in_mergekit_are_ignored_with_a_warning() -> None:
+    text = TASK.replace("org/b\n", "org/b\n    parameters: {density: 0.5, weight: 0.3}\n")
+    recipe = Recipe.from_yaml(text + "parameters: {rescale: true}\n")
+    assert resolved(recipe) == {"weight": (1.0, 0.3), "normalize": False, "lambda_": 1.0}
+    reason = "`task_arithmetic` drops no entries, nor does mergekit's"
+    assert recipe.warnings == (
+        f"recipe.yaml:6: `density` is ignored: {reason}",
+        f"recipe.yaml:7: `rescale` is ignored: {reason}",
+    )
+    assert refused(LINEAR + "parameters: {density: 0.5}\n").message.endswith("for method `linear`")
 
 
 # Settings.
@@ -471,8 +501,8 @@ LISTS_LINEAR = "`streammerge methods linear` lists its parameters."
             "Did you mean `linear`? `streammerge methods` lists them.",
         ),
         (
-            LINEAR.replace("linear", "slerp"),
-            "4: unknown method `slerp`",
+            LINEAR.replace("linear", "average"),
+            "4: unknown method `average`",
             "`streammerge methods` lists them.",
         ),
         (
@@ -604,11 +634,6 @@ def test_a_setting_of_the_wrong_type_says_what_was_found_and_expected(
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        (
-            "merge_method: slerp\nslices: [{sources: []}]\n",
-            "2: `slices` takes models apart in mergekit; streammerge merges whole models",
-            "List the models under `models`; one slice over all layers of each means the same.",
-        ),
         (
             "merge_method: linear\nmodules: {}\n",
             "2: `modules` takes models apart in mergekit; streammerge merges whole models",

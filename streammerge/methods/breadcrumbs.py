@@ -25,6 +25,7 @@ def breadcrumbs(
     gamma: PerExpert = 0.01,
     normalize: bool = False,
     lambda_: float = 1.0,
+    rescale: bool = False,
 ) -> Tensor:
     """Add the experts' changes without outliers and small entries.
 
@@ -33,12 +34,14 @@ def breadcrumbs(
     gamma      share of each expert's entries that are outliers, the largest, 0 to 1
     normalize  divide by the sum of the weights
     lambda     factor of the merged change
+    rescale    multiply what is left so that a tensor keeps its sum of magnitudes, in one more reading
 
     Of the n entries of each tensor's change, sorted by magnitude, the ⌊gamma · n⌋ largest are set to zero, the next
-    ⌊density · n⌋ kept, the others set to zero; Δ = λ Σ w_t D_t of what is
-    kept, as task arithmetic adds it. Where gamma > 1 - density, all that is not kept are outliers. As in
-    mergekit, whose names these are, nothing is rescaled; of equal magnitudes those of the lower index are the larger,
-    where mergekit leaves them to its sort. Changes in float64 are ranked as float32 holds them.
+    ⌊density · n⌋ kept, the others set to zero; Δ = λ Σ w_t D_t of what is kept, as task arithmetic adds it. Where
+    gamma > 1 - density, all that is not kept are outliers. With `rescale` what is kept of each tensor's change is
+    multiplied by Σ|D_t| / Σ|kept D_t|, unless that divides by 0. So does mergekit, whose names these are; of equal
+    magnitudes those of the lower index are the larger, where mergekit leaves them to its sort. Changes in float64
+    are ranked as float32 holds them.
 
     Returns the merged delta, [*shape]. Raises MergeError for a share outside 0 to 1, and where weights to be
     normalized sum to zero.

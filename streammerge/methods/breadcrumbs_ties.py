@@ -25,6 +25,7 @@ def breadcrumbs_ties(
     gamma: PerExpert = 0.01,
     normalize: bool = False,
     lambda_: float = 1.0,
+    rescale: bool = False,
 ) -> Tensor:
     """Add what agrees in sign of the changes without outliers and small entries.
 
@@ -33,9 +34,10 @@ def breadcrumbs_ties(
     gamma      share of each expert's entries that are outliers, the largest, 0 to 1
     normalize  divide each entry's sum by the weights of the experts that agree on it
     lambda     factor of the merged change
+    rescale    multiply what is left so that a tensor keeps its sum of magnitudes, in one more reading
 
-    The changes are trimmed as by `breadcrumbs`; then the sign of Σ w_t D_t is elected, + where it is 0, and what
-    agrees is added, as by `ties`. The combination is mergekit's, not the paper's.
+    The changes are trimmed, and rescaled, as by `breadcrumbs`; then the sign of Σ w_t D_t is elected, + where it
+    is 0, and what agrees is added, as by `ties`. The combination is mergekit's, not the paper's.
 
     Returns the merged delta, [*shape]. Raises MergeError for a share outside 0 to 1.
     """

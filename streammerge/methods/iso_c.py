@@ -1,4 +1,4 @@
-"""Iso-C: sum the changes and flatten its spectrum. https://arxiv.org/abs/2502.04959"""
+"""Iso-C: sum the changes and flatten the sum's spectrum. https://arxiv.org/abs/2502.04959"""
 
 from __future__ import annotations
 

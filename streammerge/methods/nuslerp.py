@@ -43,9 +43,7 @@ def nuslerp(
 
     Returns the merged delta, [*shape]. Raises MergeError for other than two experts.
     """
-    expect_experts(
-        deltas, "nuslerp", 2, 2, "List two models; the one in `base_model`, if any, is not to be listed beside them."
-    )
+    expect_experts(deltas, "nuslerp", 2, 2, "List two models, beside the one in `base_model` if there is one.")
     first, second = deltas.per_expert(weight)
     t = second / (first + second) if math.fabs(first + second) > 1e-6 else 0.5
     grain = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"

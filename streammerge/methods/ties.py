@@ -29,6 +29,7 @@ def ties(
     trim: Literal["tensor", "model"] = "tensor",
     keep: Literal["count", "threshold"] = "count",
     cancelled: Literal["plus", "none", "majority"] = "plus",
+    rescale: bool = False,
 ) -> Tensor:
     """Average the large, sign-agreeing parts of the experts' changes.
 
@@ -39,6 +40,7 @@ def ties(
     trim       density is a share of each tensor's entries, or of the whole model's
     keep       count: ⌊density · n⌋ entries, of equal ones the first; threshold: one more, and its equals
     cancelled  the sign elected where the votes cancel: plus, none (the base stays), or that of most votes
+    rescale    multiply what is left so that a tensor keeps its sum of magnitudes, in one more reading
 
     Trim each D_t = W_t - W_0 to its largest entries; elect γ = sign(Σ w_t D_t); where sign(w_t D_t) = γ,
     Δ = λ Σ w_t D_t / Σ w_t, over those experts only (in the paper all w_t are 1). The paper trims
@@ -49,9 +51,12 @@ def ties(
     or the model, as `trim` says; where it is even, cancelled votes elect none. In a model the tensors come in the
     order of the base's files: which of equals is kept by count depends on it.
 
-    Returns the merged delta, [*shape]. Raises MergeError for a density outside 0 to 1, or one that differs between
-    tensors where `trim` is model.
+    With `rescale`, before the vote, an expert's trimmed change of each tensor is multiplied by Σ|D_t| / Σ|trimmed D_t|,
+    unless nothing is left of it; tensor by tensor where `trim` is model, too. So does mergekit, not the paper.
+
+    Returns the merged delta, [*shape]. Raises MergeError for a density outside 0 to 1, and where `trim` is model for
+    a density or a `rescale` that differs between tensors.
     """
-    thin, majority = ties_trim(deltas, density, cancelled)
+    thin, majority = ties_trim(deltas, density, cancelled, rescale=rescale)
     zero = {"plus": 1.0, "none": 0.0, "majority": majority}[cancelled]
     return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=zero, normalize=normalize).mul_(lambda_)

@@ -1,4 +1,4 @@
-"""TSV-Merge: stack the experts' leading singular directions made orthogonal. https://arxiv.org/abs/2412.00081"""
+"""TSV-Merge: stack the experts' leading singular directions, made orthogonal. https://arxiv.org/abs/2412.00081"""
 
 from __future__ import annotations
 

@@ -11,6 +11,9 @@ from streammerge.solve.cost import BLOCK_BUFFERS, Cost
 # looks that find a cut: two histograms, and one that finds where the last of equal magnitudes lies
 CUT_LOOKS = 2
 EQUALS_LOOK = 1
+CRUMBS_LOOKS = CUT_LOOKS + EQUALS_LOOK
+# and one that finds what the rest must be multiplied by
+RESCALE_LOOK = 1
 
 
 def shares(value: float | Sequence[float], experts: int, name: str = "density") -> list[float]:
@@ -47,16 +50,17 @@ def spans(
     return found
 
 
-def ties_looks(density: Sequence[float], keep: str, cancelled: str) -> int:
-    """How many looks TIES takes: for the cuts, for equals at the cuts, for the majority of the votes."""
-    cut = CUT_LOOKS + (EQUALS_LOOK if keep == "count" else 0) if min(density) < 1.0 else 0
+def ties_looks(density: Sequence[float], keep: str, cancelled: str, *, rescale: bool) -> int:
+    """How many looks TIES takes: for the cuts, equals at the cuts, the norms, the majority of the votes."""
+    cut = CUT_LOOKS + EQUALS_LOOK * (keep == "count") + RESCALE_LOOK * rescale if min(density) < 1.0 else 0
     return cut + (cancelled == "majority")
 
 
 def ties(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
     """Price of `ties`."""
     density = shares(parameters.get("density", 1.0), experts)
-    looks = ties_looks(density, str(parameters.get("keep", "count")), str(parameters.get("cancelled", "plus")))
+    keep, cancelled = str(parameters.get("keep", "count")), str(parameters.get("cancelled", "plus"))
+    looks = ties_looks(density, keep, cancelled, rescale=bool(parameters.get("rescale", False)))
     scope = "model" if parameters.get("trim") == "model" else "tensor"
     return _elementwise(shape, experts, looks, scope=scope)
 
@@ -65,7 +69,8 @@ def breadcrumbs(shape: tuple[int, int], experts: int, parameters: Mapping[str, A
     """Price of `breadcrumbs` and `breadcrumbs_ties`."""
     shares(parameters.get("gamma", 0.01), experts, "gamma")
     cuts = min(shares(parameters.get("density", 1.0), experts)) < 1.0
-    return _elementwise(shape, experts, CUT_LOOKS + EQUALS_LOOK if cuts else 0)
+    looks = CRUMBS_LOOKS + RESCALE_LOOK * bool(parameters.get("rescale", False))
+    return _elementwise(shape, experts, looks if cuts else 0)
 
 
 def dare(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:

@@ -13,7 +13,7 @@ from torch import Tensor
 from streammerge.delta import Delta, Deltas, PerExpert
 from streammerge.solve.cost_trim import norm_is_kept, shares, spans
 from streammerge.solve.election import Thin
-from streammerge.solve.panels import panel_sums, row_sums, total
+from streammerge.solve.rescale import NormRatios
 from streammerge_kernels.drop import drop_key, keep_mask
 from streammerge_kernels.round import random_lanes
 
@@ -101,30 +101,20 @@ def chances(rows: Tensor, least: float, most: float) -> Tensor:
 
 
 class DropLook:
-    """Sums of the magnitudes of each expert's change, of all and of what is kept: their ratio is in `factors`."""
+    """Sums of the magnitudes of each expert's change, of all and of what is kept: their `ratios`."""
 
     def __init__(self, deltas: Deltas, drop: Drop, *, by_row: bool) -> None:
-        self._name, self._drop, self._sums = deltas.name, drop, row_sums if by_row else panel_sums
-        self._all: list[list[Tensor]] = [[] for _ in range(deltas.experts)]
-        self._kept: list[list[Tensor]] = [[] for _ in range(deltas.experts)]
-        self.factors = [1.0] * deltas.experts
+        self._drop = drop
+        self.ratios = NormRatios([t for t in range(deltas.experts) if not drop.keeps_all(t)], by_row=by_row)
 
     def look(self, number: int, deltas: Deltas) -> None:
-        buffer = deltas.empty(*deltas.shape)
-        for delta in deltas:
-            if self._drop.keeps_all(delta.index):
-                continue
-            change = delta.dense(out=buffer)
-            signs = change.sign()
-            self._all[delta.index].append(self._sums(change, signs))
-            kept = self._drop.drop_(deltas, delta.index, change, rescale=False)
-            self._kept[delta.index].append(self._sums(kept, signs))
+        def thin(delta: Delta, change: Tensor) -> Tensor:
+            return self._drop.drop_(deltas, delta.index, change, rescale=False)
+
+        self.ratios.look(deltas, thin)
 
     def finish(self, number: int) -> None:
-        for index, (whole, kept) in enumerate(zip(self._all, self._kept, strict=True)):
-            left = total(kept, self._name)
-            self.factors[index] = total(whole, self._name) / left if left else 1.0
-        self._all, self._kept = [], []
+        self.ratios.finish()
 
 
 class DareLook(DropLook):
@@ -144,7 +134,7 @@ class DellaLook(DropLook):
 
 
 def drop_entries(deltas: Deltas, drop: Drop, *, rescale: bool, rescale_by: str) -> Thin:
-    """What drops entries of a change and rescales the rest: by the look's factor, or each by its chance."""
+    """What drops entries of a change and rescales the rest: by the look's ratio, or each by its chance."""
     by_norm = norm_is_kept({"rescale": rescale, "rescale_by": rescale_by})
     drops = not all(map(drop.keeps_all, range(deltas.experts)))
     assert deltas.seen or not (by_norm and drops), "rescaling takes a look: `Method.merge` sees to it"
@@ -152,7 +142,6 @@ def drop_entries(deltas: Deltas, drop: Drop, *, rescale: bool, rescale_by: str) 
     def thin(delta: Delta, change: Tensor) -> Tensor:
         if drop.keeps_all(delta.index):
             return change
-        drop.drop_(deltas, delta.index, change, rescale=rescale and not by_norm)
-        return change.mul_(deltas.seen.factors[delta.index]) if by_norm else change
+        return drop.drop_(deltas, delta.index, change, rescale=rescale and not by_norm)
 
-    return thin
+    return deltas.seen.ratios.rescaled(deltas.name, thin) if by_norm and drops else thin

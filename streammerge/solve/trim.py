@@ -8,15 +8,18 @@ from torch import Tensor
 
 from streammerge.delta import Delta, Deltas, PerExpert
 from streammerge.errors import MergeError, quoted
-from streammerge.solve.cost_trim import shares, ties_looks
+from streammerge.solve.cost_trim import CRUMBS_LOOKS, shares, ties_looks
 from streammerge.solve.cuts import CutSearch
 from streammerge.solve.election import Thin, balance, thinned
+from streammerge.solve.rescale import NormRatios
 
 _UNSEEN = "trimming takes a look: `Method.merge` sees to it"
 
 
 class TiesLook:
-    """Where each expert's trim ends, and which sign has the majority of the votes; the arguments are those of `ties`.
+    """Where each expert's trim ends, what the rest is multiplied by, and which sign has the majority of the votes.
+
+    The arguments are those of `ties`.
 
     majority  1, -1 or, as long as no votes were counted, 0
     """
@@ -32,11 +35,13 @@ class TiesLook:
         trim: str = "tensor",
         keep: str = "count",
         cancelled: str = "plus",
+        rescale: bool = False,
     ) -> None:
         self._densities = shares(density, deltas.experts)
         self._weights = deltas.per_expert(weight)
         self._searches = [_ties_search(deltas, share, keep) for share in self._densities]
-        self._cut_looks = ties_looks(self._densities, keep, "plus")
+        self._cut_looks = ties_looks(self._densities, keep, "plus", rescale=False)
+        self._rescales, self._ratios = rescale, _ratios(self._searches) if rescale else None
         self._balance: Tensor | None = None
         self.majority = 0.0
 
@@ -44,23 +49,35 @@ class TiesLook:
         if number < self._cut_looks:
             _look(self._searches, number, deltas)
             return
-        votes = balance(thinned(deltas, self.trim(deltas, self._densities)), self._weights)
+        if self._ratios and number == self._cut_looks:
+            self._ratios.look(deltas, self._trim(deltas))
+            return
+        votes = balance(thinned(deltas, self._rescaled_trim(deltas)), self._weights)
         self._balance = votes if self._balance is None else self._balance + votes
 
     def finish(self, number: int) -> None:
         if number < self._cut_looks:
             _finish(self._searches, number)
+        elif self._ratios and number == self._cut_looks:
+            self._ratios.finish()
         elif self._balance is not None:
             self.majority = float(self._balance.sign())
 
-    def trim(self, deltas: Deltas, densities: Sequence[float]) -> Thin:
-        """What trims a change. Raises MergeError for other densities than were looked for."""
-        if list(densities) != self._densities:
+    def trim(self, deltas: Deltas, densities: Sequence[float], *, rescale: bool) -> Thin:
+        """What trims a change. Raises MergeError for other densities, or another `rescale`, than were looked for."""
+        differs = "density" if list(densities) != self._densities else "rescale"
+        if differs == "density" or rescale != self._rescales:
             raise MergeError(
-                f"{quoted(deltas.name)} has another `density` than other tensors, expected one for the whole model",
-                hint="Set `trim: tensor`, or the same `density` for all tensors.",
+                f"{quoted(deltas.name)} has another `{differs}` than other tensors, expected one for the whole model",
+                hint=f"Set `trim: tensor`, or the same `{differs}` for all tensors.",
             )
+        return self._rescaled_trim(deltas)
 
+    def _rescaled_trim(self, deltas: Deltas) -> Thin:
+        trim = self._trim(deltas)
+        return self._ratios.rescaled(deltas.name, trim) if self._ratios else trim
+
+    def _trim(self, deltas: Deltas) -> Thin:
         def trim(delta: Delta, change: Tensor) -> Tensor:
             for search in self._searches[delta.index]:
                 search.cut.keep_(change, deltas.name, deltas.first_element)
@@ -70,7 +87,10 @@ class TiesLook:
 
 
 class BreadcrumbsLook:
-    """Where each expert's outliers end, and where its small entries begin; the arguments are those of `breadcrumbs`."""
+    """Where each expert's outliers end and its small entries begin, and what the rest is multiplied by.
+
+    The arguments are those of `breadcrumbs`.
+    """
 
     def __init__(
         self,
@@ -81,21 +101,33 @@ class BreadcrumbsLook:
         gamma: PerExpert = 0.01,
         normalize: bool = False,
         lambda_: float = 1.0,
+        rescale: bool = False,
     ) -> None:
         gammas = shares(gamma, deltas.experts, "gamma")
         self._searches = [
             _crumb_searches(deltas, share, top)
             for share, top in zip(shares(density, deltas.experts), gammas, strict=True)
         ]
+        self._ratios = _ratios(self._searches) if rescale else None
 
     def look(self, number: int, deltas: Deltas) -> None:
-        _look(self._searches, number, deltas)
+        if self._ratios and number == CRUMBS_LOOKS:
+            self._ratios.look(deltas, self._trim(deltas))
+        else:
+            _look(self._searches, number, deltas)
 
     def finish(self, number: int) -> None:
-        _finish(self._searches, number)
+        if self._ratios and number == CRUMBS_LOOKS:
+            self._ratios.finish()
+        else:
+            _finish(self._searches, number)
 
     def trim(self, deltas: Deltas) -> Thin:
-        """What sets the outliers and the small entries of a change to zero."""
+        """What sets the outliers and the small entries of a change to zero, and rescales the rest."""
+        trim = self._trim(deltas)
+        return self._ratios.rescaled(deltas.name, trim) if self._ratios else trim
+
+    def _trim(self, deltas: Deltas) -> Thin:
         copy = deltas.empty(*deltas.shape)
 
         def trim(delta: Delta, change: Tensor) -> Tensor:
@@ -114,7 +146,7 @@ def untrimmed(delta: Delta, change: Tensor) -> Tensor:
     return change
 
 
-def ties_trim(deltas: Deltas, density: PerExpert, cancelled: str) -> tuple[Thin, float]:
+def ties_trim(deltas: Deltas, density: PerExpert, cancelled: str, *, rescale: bool) -> tuple[Thin, float]:
     """What trims a change as TIES does, and the majority of the votes."""
     densities = shares(density, deltas.experts)
     if deltas.seen is None:
@@ -122,7 +154,7 @@ def ties_trim(deltas: Deltas, density: PerExpert, cancelled: str) -> tuple[Thin,
         assert cancelled != "majority", _UNSEEN
         return untrimmed, 0.0
     seen: TiesLook = deltas.seen
-    return seen.trim(deltas, densities), seen.majority
+    return seen.trim(deltas, densities, rescale=rescale), seen.majority
 
 
 def crumbs_trim(deltas: Deltas, density: PerExpert) -> Thin:
@@ -159,6 +191,11 @@ def _crumb_searches(deltas: Deltas, density: float, gamma: float) -> list[CutSea
         CutSearch(lambda n: crumbs(n, density, gamma)[1], equals="first", device=deltas.device),
         CutSearch(lambda n: crumbs(n, density, gamma)[0], equals="first", device=deltas.device),
     ]
+
+
+def _ratios(searches: Sequence[Sequence[CutSearch]]) -> NormRatios | None:
+    thinned = [index for index, found in enumerate(searches) if found]
+    return NormRatios(thinned) if thinned else None
 
 
 def _look(searches: Sequence[Sequence[CutSearch]], number: int, deltas: Deltas) -> None:

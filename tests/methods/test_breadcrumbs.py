@@ -9,6 +9,7 @@ from streammerge.methods.breadcrumbs import breadcrumbs
 from streammerge.methods.breadcrumbs_ties import breadcrumbs_ties
 from streammerge.methods.task_arithmetic import task_arithmetic
 from streammerge.methods.ties import ties
+from streammerge.solve.panels import PANEL
 from tests.blocks import described, merged_by_blocks
 from tests.kernels.devices import DEVICE
 
@@ -58,6 +59,32 @@ def test_breadcrumbs_of_ten_entries_by_hand():
     # no room for small entries beside the kept: the three largest are outliers, not five
     expected = [5.0, 0, 1, 3, -2, 0, 0, 4, -6, 0]
     assert merged(breadcrumbs, change, density=0.7, gamma=0.5).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("rule", BOTH)
+def test_what_is_kept_of_ten_entries_is_rescaled_by_hand(rule, dtype):
+    change = torch.tensor([[5.0, -9, 1, 3, -2, 7, 0, 4, -6, 8]], dtype=dtype)
+    # 22 is kept of a sum of 45
+    expected = torch.tensor([5.0, 0, 0, 0, 0, 7, 0, 4, -6, 0], dtype=dtype) * 45 / 22
+    result = merged(rule, change, density=0.4, gamma=0.2, rescale=True)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    # an expert of which all is kept, and one of which nothing is, are as they are
+    three = torch.cat([change, change, change])
+    result = merged(rule, three, density=[0.4, 1.0, 0.0], gamma=0.2, rescale=True)
+    torch.testing.assert_close(result, expected + change[0], atol=1e-5, rtol=0)
+    # where nothing but outliers changed, nothing is left to rescale
+    assert not merged(rule, torch.eye(1, 10, dtype=dtype), density=0.4, gamma=0.2, rescale=True).any()
+
+
+@pytest.mark.parametrize("rule", BOTH)
+@given(panels=st.integers(1, 4), seed=st.integers(0, 1000), backwards=st.booleans())
+@settings(max_examples=5, deadline=None)
+def test_rescaled_the_bits_do_not_depend_on_the_cut(rule, panels, seed, backwards):
+    changes = torch.randn(2, 170, 150, generator=torch.Generator().manual_seed(seed))
+    parameters = {"density": [0.2, 0.7], "gamma": [0.05, 0.1], "rescale": True}
+    cut = merged(rule, changes, panels * PANEL, backwards=backwards, **parameters)
+    assert torch.equal(cut, merged(rule, changes, **parameters))
 
 
 def test_each_expert_has_its_own_shares():
@@ -133,6 +160,8 @@ def test_shares_are_checked_before_anything_is_read():
     with pytest.raises(MergeError, match="`density` is 2, expected"):
         cost((4, 4), 2, {"density": [2.0, 0.5]}, 4)
     assert (cost((4, 4), 2, {}, 4).passes, cost((4, 4), 2, {"density": 0.5}, 4).passes) == (1, 4)
+    assert cost((4, 4), 2, {"rescale": True}, 4).passes == 1
+    assert cost((4, 4), 2, {"density": [1.0, 0.5], "rescale": True}, 4).passes == 5
 
 
 def test_weights_that_cancel_cannot_be_normalized():

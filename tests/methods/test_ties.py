@@ -7,6 +7,7 @@ from streammerge.delta import TensorDeltas
 from streammerge.errors import MergeError
 from streammerge.methods.task_arithmetic import task_arithmetic
 from streammerge.methods.ties import ties
+from streammerge.solve.panels import PANEL
 from tests.blocks import described, merged_by_blocks, model_merged_by_blocks
 from tests.kernels.devices import DEVICE
 
@@ -207,6 +208,64 @@ def test_sums_without_trim_or_conflict_are_task_arithmetic():
     assert torch.equal(merged(changes, weight=weights, normalize=False), task_arithmetic(deltas, weight=weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_what_is_left_of_an_expert_keeps_its_sum_of_magnitudes_in_the_vote_too(dtype):
+    # by hand: 4 and -3 of a sum of 8 are left, times 8/7; of the second 4 and 1 of 5, times 1
+    changes = torch.tensor([[4.0, -3, 1, 0], [-4, 0, 0, 1]], dtype=dtype)
+    result = merged(changes, density=0.5, rescale=True)
+    torch.testing.assert_close(result, torch.tensor([32 / 7, -24 / 7, 0, 1], dtype=dtype), atol=1e-6, rtol=0)
+    # without it the votes on the first entry cancel, and are 4 all the same
+    assert merged(changes, density=0.5).tolist() == [4, -3, 0, 1]
+    assert merged(changes, density=0.5, cancelled="none").tolist() == [0, -3, 0, 1]
+    result = merged(changes, density=0.5, cancelled="none", rescale=True)
+    torch.testing.assert_close(result, torch.tensor([32 / 7, -24 / 7, 0, 1], dtype=dtype), atol=1e-6, rtol=0)
+
+
+def test_each_experts_trim_is_rescaled_by_itself_and_one_that_keeps_all_or_nothing_is_not():
+    changes = torch.randn(3, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    left = [trimmed(changes[0], 57), changes[1], torch.zeros(12, 16)]
+    left[0] = left[0] * changes[0].abs().sum() / left[0].abs().sum()
+    weights = [0.5, -2.0, 4.0]
+    result = merged(changes, weight=weights, density=[0.3, 1.0, 0.0], rescale=True)
+    torch.testing.assert_close(result, elected(left, weights), atol=1e-12, rtol=0)
+    zeros = torch.zeros(2, 3, 4)
+    assert not merged(zeros, density=0.2, rescale=True).any()
+    assert torch.equal(merged(changes, rescale=True), merged(changes))
+
+
+@pytest.mark.parametrize("parameters", [{}, YADAV], ids=["defaults", "yadav"])
+@given(panels=st.integers(1, 4), seed=st.integers(0, 1000), backwards=st.booleans())
+@settings(max_examples=5, deadline=None)
+def test_rescaled_the_bits_do_not_depend_on_the_cut(parameters, panels, seed, backwards):
+    generator = torch.Generator().manual_seed(seed)
+    models = [{n: torch.randn(s, 150, generator=generator) for n, s in (("a", 170), ("b", 3))} for _ in range(2)]
+    base = {name: torch.zeros_like(tensor) for name, tensor in models[0].items()}
+    options = {"density": [0.2, 0.7], "rescale": True, **parameters}
+    whole = model_merged_by_blocks(ties, base, models, 1 << 30, **options)
+    cut = model_merged_by_blocks(ties, base, models, panels * PANEL, backwards=backwards, **options)
+    assert all(torch.equal(cut[name], whole[name]) for name in base)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_where_the_whole_model_is_trimmed_each_tensor_keeps_its_own_sum_of_magnitudes(backwards):
+    # of the model's five entries the two largest are left, one of them in each of two tensors, and none of the third
+    tensors = {"a": torch.tensor([8.0, 2.0]), "b": torch.tensor([-6.0, 1.0]), "c": torch.tensor([3.0])}
+    base = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    options = {"density": 0.4, "trim": "model", "rescale": True, "backwards": backwards}
+    result = model_merged_by_blocks(ties, base, [tensors], PANEL, **options)
+    assert {name: tensor.tolist() for name, tensor in result.items()} == {"a": [10, 0], "b": [-7, 0], "c": [0]}
+
+
+def test_the_majority_is_that_of_the_rescaled_changes():
+    # of the first only 3 is left, of a sum of 6: on the first entry it loses to -4, and wins rescaled
+    changes = torch.tensor([[3.0, 0, 1, 1, 1, 0], [-4, -1, 0, 0, 0, 0], [0, 0, 0, 0, -2, 2]])
+    options = {"density": [0.17, 1.0, 1.0], "cancelled": "majority"}
+    for rescale, majority in ((False, -1.0), (True, 0.0)):
+        deltas = TensorDeltas(torch.zeros(6), list(changes))
+        described(ties).merge(deltas, rescale=rescale, **options)
+        assert deltas.seen.majority == majority
+
+
 def test_a_share_that_is_none_is_refused_before_anything_is_read():
     for density in (-0.1, 1.5, [0.5, 2.0], float("nan")):
         with pytest.raises(MergeError, match=r"`density` is .*, expected a number from 0 to 1"):
@@ -221,6 +280,9 @@ def test_one_model_is_trimmed_to_one_density():
     deltas.seen = described(ties).look(deltas, {"density": 0.5, "trim": "model"})
     with pytest.raises(MergeError, match=r"`layer\.weight` has another `density`"):
         ties(deltas, density=0.25, trim="model")
+    with pytest.raises(MergeError, match=r"`layer\.weight` has another `rescale`") as caught:
+        ties(deltas, density=0.5, trim="model", rescale=True)
+    assert "the same `rescale`" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -231,6 +293,11 @@ def test_one_model_is_trimmed_to_one_density():
         ({"density": [1.0, 0.2], "keep": "threshold"}, 3, "tensor"),
         ({"density": 0.2, **YADAV}, 4, "model"),
         ({"cancelled": "majority"}, 2, "tensor"),
+        ({"rescale": True}, 1, "tensor"),
+        ({"rescale": True, "density": 0.2}, 5, "tensor"),
+        ({"rescale": True, "density": [1.0, 0.2], "keep": "threshold"}, 4, "tensor"),
+        ({"rescale": True, "density": 0.2, **YADAV}, 5, "model"),
+        ({"rescale": True, "cancelled": "majority"}, 2, "tensor"),
     ],
 )
 def test_ties_reads_again_only_for_what_it_must_know(parameters, passes, scope):

@@ -8,7 +8,7 @@ from streammerge.errors import MergeError
 from streammerge.methods.arcee_fusion import arcee_fusion
 from streammerge.methods.nearswap import nearswap
 from streammerge.methods.passthrough import passthrough
-from streammerge.solve.outliers import scores
+from streammerge.solve.outliers import narrow_scores, scores
 from streammerge.solve.panels import PANEL
 from tests.blocks import described, merged_by_blocks
 
@@ -91,6 +91,40 @@ def test_arcee_fusion_of_small_changes_follows_the_definition_not_rounding():
     assert 0.2 < (rounded < 0).float().mean() < 0.8
 
 
+@pytest.mark.parametrize("step", [1e-1, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 256), (2, 3, 40), (31,), (1,)], ids=str)
+def test_as_mergekit_rounding_in_float32_decides_and_divergences_may_be_negative(step, shape):
+    torch.manual_seed(0)
+    base = torch.randn(shape) * 0.02
+    expert = base + step * torch.randn(shape)
+    change = expert - base
+    new, old = (torch.softmax(each, -1) + 1e-8 for each in (base + change, base))
+    rounded = change.abs() * (new * (new / old).log()).sum(-1, keepdim=True)
+    ordered = rounded.flatten().sort().values.double()
+    lower, median, upper = (ordered[place * (len(ordered) - 1) // 4] for place in (1, 2, 3))
+    expected = torch.where(rounded.double() >= median + 1.5 * (upper - lower), change, 0.0)
+    assert torch.equal(merged(arcee_fusion, base, expert, compat="mergekit"), expected)
+    assert (step > 1e-4 or len(base) < 64) or lower < 0.0
+
+
+def test_as_mergekit_importances_are_the_same_bits_however_many_rows_are_scored(monkeypatch):
+    torch.manual_seed(0)
+    base, change = torch.randn(7, 40_000) * 0.02, torch.randn(7, 40_000) * 1e-3
+    expert = base + change
+    whole = narrow_scores(TensorDeltas(base, [expert]))
+    for rows in (1, 3):
+        part = [narrow_scores(TensorDeltas(base[r : r + rows], [expert[r : r + rows]])) for r in range(0, 7, rows)]
+        assert torch.equal(whole, torch.cat(part))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, narrow_scores(TensorDeltas(base, [expert])))
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr("streammerge.solve.outliers._CHUNK", 1 << 20)
+    assert torch.equal(whole, narrow_scores(TensorDeltas(base, [expert])))
+
+
 def test_arcee_fusion_of_equal_models_and_of_few_changes():
     base = torch.randn(6, 8)
     assert not merged(arcee_fusion, base, base).any()
@@ -119,6 +153,17 @@ def test_the_bytes_do_not_depend_on_the_blocks(method):
     whole = merged(method, base, expert)
     for block in (PANEL, 3 * PANEL):
         assert torch.equal(whole, merged_by_blocks(method, base, [expert], block, backwards=True))
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-5])
+def test_as_mergekit_the_bytes_do_not_depend_on_the_blocks_either(step):
+    torch.manual_seed(0)
+    base, change = torch.randn(2, 173, 250)
+    expert = base + step * change
+    whole = merged(arcee_fusion, base, expert, compat="mergekit")
+    for block in (1, PANEL, 3 * PANEL):
+        cut = merged_by_blocks(arcee_fusion, base, [expert], block, backwards=True, compat="mergekit")
+        assert torch.equal(whole, cut)
 
 
 @pytest.mark.parametrize("method", [nearswap, arcee_fusion, passthrough])

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from streammerge.budget import available_memory_bytes, format_bytes
-from streammerge.capture.reading import quiet_transformers, refuse_unfit
-from streammerge.capture.run import MemoryNeed, Progress, Run
-from streammerge.capture.samples import digest_of, load_tokenizer, read_samples
+from streammerge.capturing.reading import quiet_transformers, refuse_unfit
+from streammerge.capturing.run import MemoryNeed, Progress, Run
+from streammerge.capturing.samples import digest_of, load_tokenizer, read_samples
 from streammerge.checkpoint import Storage, load_checkpoint
 from streammerge.errors import StreamMergeError
 from streammerge.journal import refuse_taken

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streammerge import owners
-from streammerge.capture.samples import Sample
+from streammerge.capturing.samples import Sample
 from streammerge.checkpoint import Checkpoint
 from streammerge.errors import PlanError, StreamMergeError, escaped, quoted
 

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from streammerge import owners
 from streammerge.budget import format_bytes
-from streammerge.capture.reading import attention_of, build_skeleton, load_model, refuse_unreadable, stored_as
-from streammerge.capture.samples import Sample, batches_of
+from streammerge.capturing.reading import attention_of, build_skeleton, load_model, refuse_unreadable, stored_as
+from streammerge.capturing.samples import Sample, batches_of
 from streammerge.checkpoint import Checkpoint
 from streammerge.errors import MergeError, PlanError, escaped, quoted
 from streammerge.journal import partial_folder

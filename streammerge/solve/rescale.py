@@ -1,0 +1,57 @@
+"""By what the rest of a thinned change is multiplied so that each tensor keeps its sum of magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from streammerge.delta import Delta, Deltas
+from streammerge.solve.election import Thin
+from streammerge.solve.panels import panel_sums, row_sums, total
+
+
+class NormRatios:
+    """By tensor and expert: the sum of magnitudes of a change over that of what is left of it, 1 where that is 0.
+
+    thinned  the experts of whose changes anything is left out
+    by_row   blocks are whole rows, beginning anywhere; else they begin at multiples of PANEL
+    """
+
+    def __init__(self, thinned: Collection[int], *, by_row: bool = False) -> None:
+        self._thinned, self._block_sums = thinned, row_sums if by_row else panel_sums
+        self._name = ""
+        self._sums: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._ratios: dict[tuple[str, int], float] = {}
+
+    def look(self, deltas: Deltas, thin: Thin) -> None:
+        """See one block; all of a tensor's come before another's."""
+        if deltas.name != self._name:
+            # a model's panels are too many to keep
+            self.finish()
+            self._name = deltas.name
+        buffer = deltas.empty(*deltas.shape)
+        for delta in deltas:
+            if delta.index not in self._thinned:
+                continue
+            whole, left = self._sums.setdefault(delta.index, ([], []))
+            change = delta.dense(out=buffer)
+            signs = change.sign()
+            whole.append(self._block_sums(change, signs))
+            left.append(self._block_sums(thin(delta, change), signs))
+
+    def finish(self) -> None:
+        """All blocks of the last tensor were seen."""
+        for index, (whole, left) in self._sums.items():
+            divisor = total(left, self._name)
+            self._ratios[self._name, index] = total(whole, self._name) / divisor if divisor else 1.0
+        self._sums = {}
+
+    def rescaled(self, name: str, thin: Thin) -> Thin:
+        """What thins a change of the tensor `name` and rescales what is left."""
+
+        def rescale(delta: Delta, change: Tensor) -> Tensor:
+            change = thin(delta, change)
+            return change.mul_(self._ratios.get((name, delta.index), 1.0)) if delta.index in self._thinned else change
+
+        return rescale

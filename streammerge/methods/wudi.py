@@ -22,15 +22,15 @@ from streammerge.solve.normal_equations import solve_normal_equations
 def wudi(
     deltas: Deltas,
     *,
-    solver: Literal["exact", "ridge", "pinv"] = "exact",
-    ridge: float = 0.01,
+    solver: Literal["ridge", "exact", "pinv"] = "ridge",
+    ridge: float = 0.1,
     iterations: int = 0,
     learning_rate: float = 1e-5,
     lambda_: float = 1.0,
 ) -> Tensor:
     """Find the change that interferes least with what each expert changed.
 
-    solver      exact: the minimum; ridge: pulled towards the sum of the changes; pinv: without
+    solver      ridge: pulled towards the sum of the changes; exact: the minimum; pinv: without
                 eigenvalues up to in·2⁻²³ of the largest; only where iterations is 0
     ridge       strength of that pull, relative to the covariances' mean eigenvalue
     iterations  0 for the closed form; more for that many of Adam's steps from the sum, the paper
@@ -38,6 +38,9 @@ def wudi(
     learning_rate  of these steps: the most that an entry moves in one
     lambda      factor of the merged change
 
+    The minimum itself is no default: where Σ D_tᵀD_t is nearly singular, as it is for adapters and
+    matrices of more columns than the experts have rows, it overshoots, up to hundreds of times the
+    experts' changes. The paper's descent stops long before.
     Σ ‖(Δ - D_t) D_tᵀ‖² / ‖D_t‖² is least at Δ = N A⁺, A = Σ C_t/‖D_t‖², N = Σ D_t C_t/‖D_t‖²: where the
     paper's descent from Σ D_t would end, and what its code takes some hundred steps towards. These
     steps are Adam's (0.9, 0.999, 1e-8, no decay) with the gradient 2(ΔA - N), which costs one product

@@ -37,10 +37,10 @@ def wudi(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], it
     """Price of WUDI: of its closed form, or of Adam's steps with their moments."""
     rows, columns = shape
     iterations = int(parameters.get("iterations", 0))
-    solver = str(parameters.get("solver", "exact"))
+    solver = str(parameters.get("solver", "ridge"))
     if not iterations:
         anchor = "sum" if solver == "ridge" else "auto"
-        ridge = parameters.get("ridge", 0.01)
+        ridge = parameters.get("ridge", 0.1)
         return normal_equations(shape, experts, {"solver": solver, "anchor": anchor, "ridge": ridge}, itemsize)
     # anchor, gradient, target, way and two moments; the Gram and one expert's Gram
     held = (6 * rows * columns + 2 * columns**2 + _panels(rows, columns)) * itemsize + 8 * NORM_PANEL

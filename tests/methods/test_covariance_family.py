@@ -22,8 +22,8 @@ SHAPES = [(5, 21), (40, 12), (16, 16)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 CLOSED = {
-    "wudi": (wudi, {}),
-    "wudi-ridge": (wudi, {"solver": "ridge"}),
+    "wudi": (wudi, {"solver": "exact"}),
+    "wudi-ridge": (wudi, {}),
     "swudi": (swudi, {}),
     "aswudi": (aswudi, {}),
     "tact": (tact, {}),
@@ -73,8 +73,8 @@ def orthogonal(size, seed=9):
             {"ridge": 0.01, "anchor": "sum"},
             [[1.987182, 0.506579, -1.935567], [0.012989, 0.506579, 1.961374]],
         ),
-        (wudi, WIDE, {}, [[2, 0.625, -2], [0, 0.375, 2]]),
-        (wudi, TALL, {}, [[1.829338, 0.979891], [2.381744, 2.245582], [3.190017, 4.600265]]),
+        (wudi, WIDE, {"solver": "exact"}, [[2, 0.625, -2], [0, 0.375, 2]]),
+        (wudi, TALL, {"solver": "exact"}, [[1.829338, 0.979891], [2.381744, 2.245582], [3.190017, 4.600265]]),
         (
             actmat,
             TALL,
@@ -103,7 +103,7 @@ def test_swudi_and_aswudi_by_hand():
     # λ = 1.5 and 0.5: the participation ratio (√1.5 + √.5)² / 2 = 1.87 keeps both, a share of 0.5 one
     changes = torch.tensor([[[1.0, 0.0]], [[2.0, 2.0]]]).double()
     both = merged(aswudi, changes, anchor="base")
-    torch.testing.assert_close(both, merged(wudi, changes), atol=1e-12, rtol=0)
+    torch.testing.assert_close(both, merged(wudi, changes, solver="exact"), atol=1e-12, rtol=0)
     truth = reference(changes, solver="top_k", top_k=0.5, anchor="sum", weight_exponent=1.0)
     torch.testing.assert_close(merged(aswudi, changes, top_k=0.5), truth, atol=1e-12, rtol=0)
 
@@ -190,7 +190,7 @@ def test_where_no_expert_changed_anything_the_delta_is_exactly_zero(shape, metho
 @every_shape
 def test_a_duplicate_counts_twice(shape):
     changes = random(2, shape)
-    doubled = merged(wudi, changes[[0, 0, 1]])
+    doubled = merged(wudi, changes[[0, 0, 1]], solver="exact")
     first, second = (change.mT @ change / change.norm() ** 2 for change in changes)
     target = 2 * changes[0] @ first + changes[1] @ second
     truth = target @ torch.linalg.pinv(2 * first + second, hermitian=True)
@@ -206,14 +206,14 @@ def test_one_norm_does_not_matter_to_wudi_and_dominates_actmat(shape):
     assert relative_error(cov[1] / 1000, changes[0]) < 0.1
     weighed = changes.mT @ changes / changes.flatten(1).norm(dim=1)[:, None, None] ** 2
     truth = (louder @ weighed).sum(0) @ torch.linalg.pinv(weighed.sum(0), hermitian=True)
-    assert relative_error(merged(wudi, louder), truth) < 1e-8
+    assert relative_error(merged(wudi, louder, solver="exact"), truth) < 1e-8
     assert cov[0].shape == shape
 
 
 def test_wudi_of_orthogonal_inputs_is_the_sum():
     inputs = orthogonal(24)
     changes = torch.stack([random(1, (9, 8), t)[0] @ inputs[8 * t : 8 * t + 8] for t in range(3)])
-    assert relative_error(merged(wudi, changes), changes.sum(0)) < 1e-10
+    assert relative_error(merged(wudi, changes, solver="exact"), changes.sum(0)) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (12, 5)], ids=str)
@@ -235,7 +235,7 @@ def test_iterations_lower_the_loss_and_end_near_the_closed_form():
     changes = random(3, (12, 5)) * 1e-3
     loss = lambda m: sum(((m - d) @ d.mT).square().sum() / d.square().sum() for d in changes).item()  # noqa: E731
     losses = [loss(merged(wudi, changes, iterations=count)) for count in (1, 10, 100, 3000)]
-    closed = loss(merged(wudi, changes))
+    closed = loss(merged(wudi, changes, solver="exact"))
     assert losses == sorted(losses, reverse=True)
     assert closed <= losses[-1] <= closed * 1.01
 
@@ -262,8 +262,8 @@ def test_lambda_multiplies_the_merged_change(method, options):
 
 
 PRICES = {
-    "wudi": (wudi, cost_covariance.wudi, {}),
-    "wudi-ridge": (wudi, cost_covariance.wudi, {"solver": "ridge"}),
+    "wudi": (wudi, cost_covariance.wudi, {"solver": "exact"}),
+    "wudi-ridge": (wudi, cost_covariance.wudi, {}),
     "wudi-adam": (wudi, cost_covariance.wudi, {"iterations": 2}),
     "swudi": (swudi, cost_covariance.swudi, {}),
     "aswudi": (aswudi, cost_covariance.aswudi, {"anchor": "base"}),

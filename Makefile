@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= bench/results
 
-.PHONY: help demo test test-long test-parity lint bench gpu clean
+.PHONY: help demo test test-long test-parity fuzz lint bench gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -44,6 +44,20 @@ test-long: .venv/dev  ## the tests that take minutes
 
 test-parity: .venv/dev .cache/mergekit-venv/ready  ## mergekit's recipes give what mergekit gives
 	$(BIN)/pytest -m parity
+
+# what reads text from outside needs little, and atheris need not fit what we have
+.cache/fuzz-venv/ready: constraints.txt
+	$(PYTHON) -m venv --clear .cache/fuzz-venv
+	.cache/fuzz-venv/bin/pip install --quiet --upgrade pip -c constraints.txt
+	.cache/fuzz-venv/bin/pip install --quiet -c constraints.txt atheris==3.0.0 click psutil pyyaml tqdm
+	@touch $@
+
+FUZZ_RUNS ?= 250000
+fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs and recipes: FUZZ_RUNS=N of each
+	for target in header index config recipe pattern; do \
+	  .cache/fuzz-venv/bin/python tests/fuzz_atheris.py $$target -runs=$(FUZZ_RUNS) -timeout=5 -max_len=8192 \
+	    -malloc_limit_mb=64 -rss_limit_mb=512 -print_final_stats=1 .cache/fuzz/$$target || exit 1; \
+	done
 
 lint: .venv/dev  ## format, lint, types
 	$(BIN)/ruff format --check

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from streammerge import devices
 from streammerge.budget import parse_bytes
-from streammerge.checkpoint import Storage
-from streammerge.errors import StreamMergeError
+from streammerge.checkpoint import Storage, changed_files
+from streammerge.errors import CheckpointError, StreamMergeError, quoted
 from streammerge.inspection import Inspection, inspect_models
-from streammerge.journal import partial_folder, refuse_taken
-from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk, make_plan
+from streammerge.journal import is_untidied, partial_folder, refuse_taken
+from streammerge.plan import Plan, check_disk, make_plan, weight_files
 from streammerge.rates import Rates, save_rates
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
@@ -39,16 +39,17 @@ def plan(
     recipe: RecipeSource,
     *,
     memory: str | int | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD_BYTES,
+    max_shard_size: str | int | None = None,
     device: str = "cpu",
     device_memory: str | int | None = None,
     storage: Storage | None = None,
 ) -> Plan:
     """Decide everything about a merge from headers alone, without loading torch.
 
-    recipe          a YAML file's path, a dict with the same keys, or a Recipe
+    recipe          a path (a YAML file's, or that of a report, whose merge is done again), a dict with the same keys,
+                    or a Recipe
     memory          the budget, in bytes or as "4GiB"; by default half of what is available
-    max_shard_size  the most data one output file holds, in bytes or as "5GB"
+    max_shard_size  the most data one output file holds, in bytes or as "5GB"; by default 5 GB, or what the report says
     device          "cpu", "cuda" or "cuda:1"
     device_memory   the budget on that device; by default 80 % of what is free there. With it the device
                     itself is not asked for: a plan for another machine
@@ -72,7 +73,7 @@ def plan(
         loaded,
         storage or LocalStorage(),
         memory_bytes=None if memory is None else parse_bytes(memory),
-        max_shard_bytes=parse_bytes(max_shard_size),
+        max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size),
         device=device,
         device_memory_bytes=device_bytes,
     )
@@ -83,7 +84,7 @@ def merge(
     out: str | os.PathLike[str],
     *,
     memory: str | int | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD_BYTES,
+    max_shard_size: str | int | None = None,
     device: str = "cpu",
     device_memory: str | int | None = None,
     resume: bool = False,
@@ -115,16 +116,18 @@ def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, prog
     """Carry out a plan. See `merge`."""
     started = time.perf_counter()
     refuse_taken(out, resume=resume)
-    if not (resume and partial_folder(Path(os.path.abspath(out))).exists()):
+    folder = Path(os.path.abspath(out))
+    if not (resume and (os.path.lexists(partial_folder(folder)) or is_untidied(folder))):
         check_disk(planned, out)
     devices.refuse_absent(planned.device)
     devices.prepare_torch()
     # torch takes seconds to load, and everything above refuses without it
-    from streammerge.folder import REPORT_NAME, side_files
+    from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
     from streammerge.write import Writer
 
     beside = side_files(planned, storage)
-    with Writer(out, planned.layout, planned.fingerprint(), resume=resume) as writer:
+    identity = {**planned.fingerprint(), "side_files": fingerprint_of(beside)}
+    with Writer(out, planned.layout, identity, resume=resume) as writer:
         done = set(writer.checksums)
         with _engine(planned)(planned, storage, skip=done) as stream:
             for block in stream:
@@ -134,6 +137,7 @@ def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, prog
             flushing = time.perf_counter()
             writer.flush()
             stream.output_waited_seconds += time.perf_counter() - flushing
+        _refuse_changed(planned, storage, writer)
         report = _report(planned, out, stream, writer, len(done), time.perf_counter() - started)
         writer.publish({**beside, REPORT_NAME: report.to_json().encode()})
     _remember_rates(planned, report)
@@ -145,11 +149,37 @@ def inspect(*locations: str | os.PathLike[str], storage: Storage | None = None) 
     return inspect_models(storage or LocalStorage(), *(os.fspath(location) for location in locations))
 
 
-def verify(out: str | os.PathLike[str], *, storage: Storage | None = None) -> Verification:
-    """Check a merged folder's bytes against its report, in bounded memory."""
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    inputs: bool = False,
+    recompute: int = 0,
+    seed: int = 0,
+    memory: str | int | None = None,
+    storage: Storage | None = None,
+) -> Verification:
+    """Check a merged folder in bounded memory: its bytes against its report or, without one, what can be checked.
+
+    base       a model whose names and shapes the folder's must be
+    inputs     whether the models that were merged are still those of the report
+    recompute  how many tensors to merge again in float64, sampled by `seed`; also checks the inputs
+    memory     the budget of that, as for `plan`
+
+    See `streammerge.verification` for what may differ. Raises CheckpointError for files that are not a sound model,
+    OutputError for a report that cannot be read or does not say what is asked of it.
+    """
     from streammerge.verification import verify as check
 
-    return check(os.fspath(out), storage or LocalStorage())
+    return check(
+        os.fspath(out),
+        storage or LocalStorage(),
+        base=None if base is None else os.fspath(base),
+        inputs=inputs,
+        recompute=recompute,
+        seed=seed,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+    )
 
 
 def capture(
@@ -200,6 +230,19 @@ def _engine(planned: Plan) -> type[Stream] | type[DeviceStream]:
     return DeviceStream
 
 
+def _refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
+    """Publish nothing of files that were written to while they were read: some bytes may be old, some new."""
+    changes = [line for model in planned.models for line in changed_files(storage, model)]
+    if not changes:
+        return
+    writer.distrust()
+    raise CheckpointError(
+        "inputs changed during the merge:\n  " + "\n  ".join(changes[:20]),
+        hint=f"Nothing was published. Restore the files as they were and pass `--resume`, which merges all again, "
+        f"or delete {quoted(writer.partial)} and begin anew.",
+    )
+
+
 def _report(
     planned: Plan, out: str, stream: Stream | DeviceStream, writer: Writer, resumed: int, wall_seconds: float
 ) -> Report:
@@ -226,6 +269,10 @@ def _report(
             writing=writer.busy_seconds,
         ),
         versions=_versions(),
+        experts=len(planned.recipe.experts),
+        inputs=tuple({"location": model.location, "files": weight_files(model)} for model in planned.models),
+        max_shard_bytes=planned.max_shard_bytes,
+        device=planned.device,
     )
 
 

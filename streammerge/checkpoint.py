@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from streammerge.errors import CheckpointError, quoted
 HEADER_LIMIT_BYTES = 100_000_000
 JSON_LIMIT_BYTES = 100_000_000
 DEEPEST_JSON = 64
+# half a million tensors, of which no file has a tenth: values take some 30 times the bytes of their text
+MOST_JSON_VALUES = 4_000_000
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -112,11 +114,13 @@ def load_checkpoint(storage: Storage, location: str) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     hashes: dict[str, str] = {}
     weight_map = None if SINGLE_NAME in files else _read_index(storage, location, files)
-    shards = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
-    for shard in shards:
+    promised: dict[str, set[str]] = {SINGLE_NAME: set()} if weight_map is None else {}
+    for tensor, shard in (weight_map or {}).items():
+        promised.setdefault(shard, set()).add(tensor)
+    for shard in sorted(promised):
         entries, hashes[shard] = _read_header(storage, location, shard, files[shard].size)
         if weight_map is not None:
-            _match_index(location, shard, entries, weight_map)
+            _match_index(location, shard, entries.keys(), promised[shard])
         tensors.update(entries)
     if not tensors:
         raise CheckpointError(f"{quoted(location)} holds no tensors", hint=_UNREADABLE)
@@ -166,6 +170,26 @@ def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[
     return {entry.name: entry for entry in entries}
 
 
+def changed_files(storage: Storage, model: Checkpoint) -> list[str]:
+    """Files of tensors that are no longer what they were when `model` was loaded, each with what changed."""
+    files = storage.files(model.location)
+    found = []
+    for name, digest in model.header_sha256.items():
+        label, before, now = _label(model.location, name), model.files[name], files.get(name)
+        if now is None:
+            found.append(f"{label} is gone")
+        elif now.size != before.size:
+            found.append(f"{label} had {before.size} bytes and has {now.size}")
+        elif now.modified_ns != before.modified_ns:
+            found.append(f"{label} was written to: its modification time is another")
+        else:
+            length = int.from_bytes(storage.read(model.location, name, 0, 8), "little")
+            header = storage.read(model.location, name, 8, min(length, HEADER_LIMIT_BYTES))
+            if hashlib.sha256(header).hexdigest() != digest:
+                found.append(f"{label} was written to: its header is another")
+    return found
+
+
 _DAMAGED = "The file is damaged or was not written by safetensors. Fetch it again."
 _UNREADABLE = "The file is damaged. Fetch it again."
 
@@ -181,6 +205,9 @@ def parse_json(text: bytes, label: str) -> Any:
             raise CheckpointError(f"{label} has the key {quoted(repeated)} twice", hint=_UNREADABLE)
         return table
 
+    # counted before anything is built; the commas and brackets inside texts count too
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
+        raise CheckpointError(f"{label} holds more than {MOST_JSON_VALUES} JSON values", hint=_UNREADABLE)
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=without_repeats)
         if b"\\u" in text:
@@ -219,6 +246,9 @@ def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> Ten
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != nbytes:
         raise refuse(f"spans {end - begin} bytes but {dtype} {shape} takes {nbytes}")
+    # beside a zero: other readers multiply in 64 bits, and in the order of the sides
+    if math.prod(filter(None, shape)) * DTYPE_BYTES[dtype] >= 2**63:
+        raise refuse(f"has the shape {shape}, whose bytes no 64-bit number counts")
     return TensorEntry(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
@@ -272,10 +302,9 @@ def _read_index(storage: Storage, location: str, files: Mapping[str, FileFacts])
     return weight_map
 
 
-def _match_index(location: str, shard: str, entries: dict[str, TensorEntry], weight_map: Mapping[str, str]) -> None:
-    promised = {tensor for tensor, where in weight_map.items() if where == shard}
-    problems = [f"{quoted(n)} is in the index but not in the file" for n in sorted(promised - entries.keys())]
-    problems += [f"{quoted(n)} is in the file but not in the index" for n in sorted(entries.keys() - promised)]
+def _match_index(location: str, shard: str, found: Set[str], promised: Set[str]) -> None:
+    problems = [f"{quoted(n)} is in the index but not in the file" for n in sorted(promised - found)]
+    problems += [f"{quoted(n)} is in the file but not in the index" for n in sorted(found - promised)]
     if problems:
         raise CheckpointError(
             f"{_label(location, shard)} does not match {quoted(INDEX_NAME)}:\n  " + "\n  ".join(problems[:20]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,8 +18,8 @@ import click
 import streammerge
 from streammerge import api, methods
 from streammerge.budget import format_bytes
-from streammerge.errors import StreamMergeError, quoted
-from streammerge.plan import DEFAULT_SHARD_BYTES, Plan, check_disk
+from streammerge.errors import StreamMergeError, escaped, quoted
+from streammerge.plan import Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
 from streammerge.solve.cost import Cost
@@ -26,6 +27,7 @@ from streammerge.storage.local import LocalStorage
 
 DIFFERENT = 3
 INTERRUPTED = 130
+_WIDEST_NAME = 100
 
 memory_option = click.option(
     "--memory", metavar="SIZE", help="Memory budget, such as 4GiB. Default: half of what is available."
@@ -33,8 +35,7 @@ memory_option = click.option(
 shard_option = click.option(
     "--max-shard-size",
     metavar="SIZE",
-    default=str(DEFAULT_SHARD_BYTES),
-    help="Size of output files. Default: 5GB.",
+    help="Size of output files. Default: 5GB, or what a report given as recipe says.",
 )
 device_option = click.option(
     "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:N. Default: cpu."
@@ -59,6 +60,7 @@ def cli(verbose: int) -> None:
 Examples:
   streammerge merge recipe.yaml out
   streammerge merge recipe.yaml out --memory 4GiB --resume
+  streammerge merge out/streammerge.json again
   streammerge merge --base base --expert math --expert code --method actmat out"""
 )
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] OUT")
@@ -78,7 +80,7 @@ def merge(
     experts: tuple[str, ...],
     method: str | None,
     memory: str | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     device: str,
     device_memory: str | None,
     resume: bool,
@@ -122,7 +124,7 @@ def plan(
     recipe: str,
     out: str,
     memory: str | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     device: str,
     device_memory: str | None,
     as_json: bool,
@@ -146,29 +148,67 @@ def inspect(models: tuple[str, ...], as_json: bool) -> None:
     for model, roles in zip(found.models, found.roles, strict=True):
         dtypes = Counter(entry.dtype for entry in model.tensors.values())
         count = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
-        click.echo(f"{model.location}: {len(model.tensors)} tensors ({count}), {format_bytes(model.tensor_bytes)}")
+        size = format_bytes(model.tensor_bytes)
+        click.echo(f"{escaped(model.location)}: {len(model.tensors)} tensors ({count}), {size}")
         if len(found.models) == 1:
-            width = max(map(len, model.tensors), default=0)
+            # names come from outside: escaped, cut, and the column no wider than a screen
+            shown = {name: quoted(name)[1:-1] for name in model.tensors}
+            width = min(max(map(len, shown.values()), default=0), _WIDEST_NAME)
             for name, entry in model.tensors.items():
-                click.echo(f"  {name:{width}}  {entry.dtype:4}  {roles[name].kind.value:11}  {list(entry.shape)}")
+                kind = roles[name].kind.value
+                click.echo(f"  {shown[name]:{width}}  {entry.dtype:4}  {kind:11}  {list(entry.shape)}")
     for line in found.differences:
         click.echo(line)
     if len(found.models) > 1 and not found.differences:
         click.echo("same names and shapes in all")
 
 
-@cli.command()
+@cli.command(
+    epilog="""\b
+Examples:
+  streammerge verify out
+  streammerge verify out --recompute 20 --memory 4GiB
+  streammerge verify model-of-another-tool --base base
+
+Exit code 3 where anything differs. What --recompute merges again may differ by the rounding of the
+output's dtype, by 1e-4 of the change and by three times a solver's certificate. A folder without
+streammerge.json is checked as far as it goes, and the answer says how far."""
+)
 @click.argument("out")
+@click.option("--base", metavar="DIR", help="Also compare names and shapes with this model's.")
+@click.option("--inputs", is_flag=True, help="Also check that the inputs are still the same, by size and header.")
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also merge N tensors again in float64, of each method and class one first. Implies --inputs.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Which N are drawn. Default: 0.")
+@memory_option
 @json_option
-def verify(out: str, as_json: bool) -> None:
+def verify(
+    out: str, base: str | None, inputs: bool, recompute: int | None, seed: int, memory: str | None, as_json: bool
+) -> None:
     """Check a merged folder against its report."""
-    found = api.verify(out)
+    found = api.verify(out, base=base, inputs=inputs, recompute=recompute or 0, seed=seed, memory=memory)
     if as_json:
-        click.echo(json.dumps({"tensors": found.tensors, "problems": list(found.problems)}))
+        told = asdict(found)
+        del told["read_bytes"]
+        # JSON has no word for infinity
+        for each in told["recomputed"]:
+            each["difference"] = each["difference"] if math.isfinite(each["difference"]) else None
+        click.echo(json.dumps(told))
     else:
+        for each in found.recomputed:
+            size = f"{each.difference:.1e} of its change beyond rounding, {each.allowed:.1e} allowed"
+            click.echo(f"{quoted(each.name)} ({each.method}, {each.kind}): {size}")
+        for line in found.notes:
+            click.echo(f"note: {line}")
+        for line in found.unchecked:
+            click.echo(f"not checked: {line}")
         for problem in found.problems:
             click.echo(problem)
-        click.echo(f"{out}: {found.tensors} tensors, {len(found.problems)} problems")
+        click.echo(f"{escaped(out)}: {found.tensors} tensors, {len(found.problems)} problems")
     if found.problems:
         sys.exit(DIFFERENT)
 
@@ -256,7 +296,7 @@ def list_methods(name: str | None, as_json: bool) -> None:
             click.echo(f"{method.name:{width}}  {method.summary}")
         return
     if name not in methods.names():
-        raise StreamMergeError(f"unknown method `{name}`", hint="`streammerge methods` lists them.")
+        raise StreamMergeError(f"unknown method {quoted(name)}", hint="`streammerge methods` lists them.")
     method = methods.describe(name)
     click.echo(json.dumps(_method_json(method)) if as_json else _method_text(method))
 
@@ -316,7 +356,7 @@ def _warn(planned: Plan) -> None:
 
 def _plan_text(planned: Plan, needed: int, free: int) -> str:
     recipe, memory = planned.recipe, planned.memory
-    onto = f" onto {planned.names[0]}" if recipe.base else ""
+    onto = f" onto {escaped(planned.names[0])}" if recipe.base else ""
     dtypes = Counter(step.dtype for step in planned.steps)
     by_method = Counter((step.method, step.role.kind.value) for step in planned.steps)
     files = sum(len(model.header_sha256) for model in planned.models)

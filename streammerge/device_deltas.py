@@ -23,6 +23,8 @@ class DeviceDeltas(Deltas):
     moving   the other experts' runs, all that are not the origin; a function where they are not kept,
              which reads one again
 
+    `non_finite` counts what `refuse_non_finite` let pass, as the recipe asked.
+
     Asynchronous like torch itself, but for `refuse_non_finite` and `add_squared_norms`.
     """
 
@@ -48,6 +50,7 @@ class DeviceDeltas(Deltas):
         self.facts = {}
         self.origin = origin
         self._step, self._moving = step, moving
+        self.non_finite = 0
         self._measured: dict[int, Tensor] = {}
         self._delta: Tensor | None = None
 
@@ -127,7 +130,8 @@ class DeviceDeltas(Deltas):
                 parts = self._step.parts or (self._step,)
                 rows = [part.shape[0] for part in parts] if self._step.parts else [len(run)]
                 for part, values in zip(parts, torch.split(run, rows), strict=True):
-                    refuse_non_finite(values, part, names[self._step.models[number]], first_element)
+                    model = names[self._step.models[number]]
+                    self.non_finite += refuse_non_finite(values, part, model, first_element)
 
     def add_squared_norms(self, squares: list[list[float]]) -> None:
         """Add ‖W_t - W_0‖² of each delta that was formed to `squares`, by part and expert; waits for the device."""

@@ -224,13 +224,14 @@ class DeviceStream:
         )
         # on a second try too, only what this one does counts
         squares = [[0.0] * len(step.experts) for _ in task.shared.parts]
+        task.non_finite = 0
         merge = self._merge_matrix if step.by_matrix else self._merge_elements
         applied = merge(task, out, squares)
         # waits for all of the above
         sums = torch.stack([torch.stack([_sums(part) for part in parts]).sum(0) for parts in applied]).tolist()
         for part, (*_, bad) in zip(task.shared.parts, sums, strict=True):
             refuse_overflow(part, int(bad))
-        task.shared.count(sums, squares, task.facts, time.perf_counter() - started)
+        task.shared.count(sums, squares, task, time.perf_counter() - started)
         task.runs.clear()
         task.out = out.view(-1)
 
@@ -312,6 +313,7 @@ class DeviceStream:
             task.shared.step, deltas.origin, merged, out[start:end].view(merged.shape), task.first + start
         )
         deltas.add_squared_norms(squares)
+        task.non_finite += deltas.non_finite
         return applied
 
     def _piece(self, task: _Task, start: int, end: int) -> DeviceDeltas:
@@ -442,7 +444,9 @@ class DeviceStream:
             slot = self._free_output()
             out = slot[: run.numel() * dtype.itemsize].view(dtype).copy_(run)
             if step.dtype != step.experts[0].dtype:
-                refuse_overflow(step, int((~torch.isfinite(out) & torch.isfinite(run)).sum()))
+                bad = int((~torch.isfinite(out) & torch.isfinite(run)).sum())
+                refuse_overflow(step, bad)
+                outcome.non_finite += bad
             give_back()
             data = bytes_of(slot)[: out.nbytes]
             last = Block(step.name, first * dtype.itemsize, data, lambda slot=slot: self._output.put(slot))  # type: ignore[misc]
@@ -499,13 +503,15 @@ class _Shared:
         self._lock = threading.Lock()
 
     def count(
-        self, sums: Sequence[Sequence[float]], squares: Sequence[Sequence[float]], facts: Facts, seconds: float
+        self, sums: Sequence[Sequence[float]], squares: Sequence[Sequence[float]], task: _Task, seconds: float
     ) -> None:
-        """Add a task's results: changed, merged and lost squares of each part, and each expert's squared norm in it."""
+        """Add a task's results: what `_sums` says of each part, and each expert's squared norm in it."""
         with self._lock:
-            for tally, (changed, merged, lost, _), experts in zip(self.tallies, sums, squares, strict=True):
+            for tally, (changed, merged, lost, bad), experts in zip(self.tallies, sums, squares, strict=True):
                 tally.count(changed, merged, lost)
-                tally.outcome.facts.update(facts)
+                tally.outcome.non_finite += int(bad)
+                tally.outcome.facts.update(task.facts)
+                tally.norms.non_finite += task.non_finite
                 for index, squared in enumerate(experts):
                     tally.norms.squared[index] += squared
             self.tallies[-1].outcome.seconds += seconds
@@ -527,6 +533,7 @@ class _Task:
     future: Future[bool] | None = None
     out: Tensor | None = None
     device_bytes: int = 0
+    non_finite: int = 0
     pieces: bool = False
     facts: Facts = field(default_factory=dict)
 

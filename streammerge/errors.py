@@ -47,5 +47,6 @@ def escaped(text: object) -> str:
 
 def quoted(name: object) -> str:
     """A name from outside, in backticks, escaped and not too long to read."""
-    text = escaped(name)
+    # cut before it is escaped too: a name may have the length of a header
+    text = escaped(str(name)[:201])
     return f"`{text[:200]}…`" if len(text) > 200 else f"`{text}`"

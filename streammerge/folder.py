@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streammerge.checkpoint import Checkpoint, Storage, parse_json
-from streammerge.errors import PlanError, quoted
+from streammerge.errors import PlanError, escaped, quoted
 from streammerge.plan import Plan
 
 REPORT_NAME = "streammerge.json"
@@ -24,6 +25,11 @@ _TOKENIZER_NAMES = (
 _TOKENIZER_ENDINGS = (".model", ".tiktoken")
 # left by trainers and by us: about how a model came to be, not about what it is
 _NOT_PART_OF_A_MODEL = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+# what some loader would take for weights, pickled ones among them
+_WEIGHTS_ENDINGS = (
+    ".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".onnx", ".partial",
+    ".pickle", ".pkl", ".pt", ".pth", ".safetensors",
+)  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -52,6 +58,11 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
     return files
 
 
+def fingerprint_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """What of `side_files` must not change between an interrupted merge and its resumption: all but the card."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items()) if name != CARD_NAME}
+
+
 def _model(plan: Plan, source: str | None) -> Checkpoint:
     if source in (None, "base"):
         return plan.models[0]
@@ -67,7 +78,7 @@ def _is_model_file(name: str) -> bool:
         return False
     if name.endswith(".json"):
         return not name.endswith(".index.json") and not name.startswith("adapter_")
-    return name.endswith(".py") or name.startswith(("LICENSE", "NOTICE"))
+    return name.endswith(".py") or (name.startswith(("LICENSE", "NOTICE")) and not name.endswith(_WEIGHTS_ENDINGS))
 
 
 def _read(storage: Storage, model: Checkpoint, name: str) -> bytes:
@@ -109,7 +120,7 @@ def _set_template(plan: Plan, storage: Storage, files: dict[str, bytes]) -> None
             f"{quoted(f'chat_template: {choice}')} finds no chat template",
             hint="Name a model that has one, or leave it out.",
         )
-    files[TEMPLATE_NAME] = template.encode()
+    files[TEMPLATE_NAME] = template.encode("utf-8", "replace")
     files.pop("chat_template.json", None)
     if "tokenizer_config.json" in files:
         config = parse_json(files["tokenizer_config.json"], "`tokenizer_config.json`")
@@ -138,7 +149,8 @@ def template_of(storage: Storage, model: Checkpoint) -> str | None:
 
 
 def _card(plan: Plan) -> str:
-    title = plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names)
+    # one line, and text that UTF-8 holds, whatever a folder is called
+    title = escaped(plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names))
     models = "\n".join(f"- {json.dumps(model.location)}" for model in plan.models)
     text = plan.recipe.text.strip()
     # longer than any run of backticks inside, such as those of a chat template

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,33 +14,50 @@ from typing import Any
 from streammerge.errors import OutputError, quoted
 
 JOURNAL = "journal.jsonl"
+_READ_BYTES = 64 << 20
 
 
 class Journal:
-    """Lines of JSON, durable when `append` returns; locked, so that two merges never share a folder."""
+    """Lines of JSON, durable when `append` returns; locked, so that two merges never share a folder.
+
+    The lock is the kernel's and ends with the process that holds it, however that ends: none is ever stale.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, 0o644)
+        self._torn_at: int | None = None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._descriptor), os.stat(path)):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError) as error:
+            # also when its holder published or removed the folder between the opening and the lock
+            self.close()
             raise OutputError(
                 f"{quoted(path.parent)} is being written by another process",
                 hint="Wait for it, or choose another folder.",
             ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, lines: list[Any]) -> None:
         """Write lines; they are on the device when this returns."""
-        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._torn_at is not None:
+            os.ftruncate(self._descriptor, self._torn_at)
+            self._torn_at = None
+        rest = memoryview(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        # unbuffered: what a full disk refused must not be written later, when the file is closed
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        os.fsync(self._descriptor)
 
     def read(self) -> list[Any]:
-        """All lines up to the first that a crash tore, which is cut off with what follows it."""
-        self._file.seek(0)
+        """All lines up to the first that a crash tore; the next `append` cuts that off with what follows it."""
         found, end = [], 0
-        for line in self._file.read().splitlines(keepends=True):
+        text = self._text()
+        for line in text.splitlines(keepends=True):
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -48,12 +66,26 @@ class Journal:
                 found.pop()
                 break
             end += len(line)
-        self._file.truncate(end)
+        self._torn_at = end if end < len(text) else None
         return found
 
+    def forget(self) -> None:
+        """Keep the first line alone, which says what is being merged."""
+        os.ftruncate(self._descriptor, self._text().find(b"\n") + 1)
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
-        """Close the file and give up the lock."""
-        self._file.close()
+        """Close the file and give up the lock; closing again does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def _text(self) -> bytes:
+        parts: list[bytes] = []
+        while part := os.pread(self._descriptor, _READ_BYTES, sum(map(len, parts))):
+            parts.append(part)
+        return b"".join(parts)
 
 
 class os_errors:
@@ -102,6 +134,15 @@ def refuse_taken(out: str | Path, *, resume: bool) -> None:
     folder = Path(os.path.abspath(out))
     partial = partial_folder(folder)
     with os_errors(partial):
+        if is_untidied(folder):
+            # refuses when it is locked
+            Journal(folder / JOURNAL).close()
+            if resume:
+                return
+            raise OutputError(
+                f"{quoted(folder)} holds a merge that was stopped just after it was complete",
+                hint="Pass `--resume` to check it and to remove its journal, or choose another folder.",
+            )
         refuse_occupied(folder)
         if not os.path.lexists(partial):
             return
@@ -119,6 +160,11 @@ def refuse_taken(out: str | Path, *, resume: bool) -> None:
                 f"{quoted(partial)} has no journal, so it cannot be resumed",
                 hint="Delete that folder and merge again.",
             )
+
+
+def is_untidied(out: Path) -> bool:
+    """Whether a merge was stopped between giving `out` its name and removing the journal from it."""
+    return not (os.path.islink(out) or os.path.lexists(partial_folder(out)) or not os.path.isfile(out / JOURNAL))
 
 
 def partial_folder(out: Path) -> Path:

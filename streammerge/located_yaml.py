@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from streammerge.errors import RecipeError, quoted
+from streammerge.errors import RecipeError, escaped, quoted
 
 LARGEST_BYTES = 1 << 20
 MOST_VALUES = 100_000
@@ -143,6 +143,7 @@ def parse(text: str, source: str) -> Located:
     """One YAML document as Located values. Tags that build objects are refused, aliases bounded."""
     if len(text) > LARGEST_BYTES:
         raise too_large(source)
+    source = escaped(source)
     loader = _compose_safely(text, source)
     if loader.root is None:
         raise RecipeError(f"{source}:1: the recipe is empty", hint="A recipe starts with `merge_method` and `models`.")
@@ -274,7 +275,7 @@ class _Builder:
     def scalar(self, node: yaml.Node, where: str) -> Scalar:
         if isinstance(node, yaml.ScalarNode):
             if node.tag in _TEXTS:
-                return str(node.value)
+                return self.text(node, where)
             if node.tag in _SCALARS:
                 return self.constructed(node, where)
         tag = node.tag.replace(_TAG, "!!")
@@ -282,6 +283,12 @@ class _Builder:
             f"{where}: the tag {quoted(tag)} is not allowed",
             hint="Write plain text, numbers, lists and mappings.",
         )
+
+    def text(self, node: yaml.ScalarNode, where: str) -> str:
+        value = str(node.value)
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise RecipeError(f"{where}: {quoted(value)} holds half of a character", hint="Write it as UTF-8.")
+        return value
 
     def constructed(self, node: yaml.ScalarNode, where: str) -> Scalar:
         kind = node.tag.replace(_TAG, "")

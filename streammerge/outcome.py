@@ -28,6 +28,9 @@ class Outcome:
     norm_ratio     norm of the merged delta over the experts' mean delta norm
     rounding_loss  norm of the output's rounding error over the norm of the merged delta
     changed        share of the elements whose output differs from the base's
+    growth         norm of the merged delta over that of the expert that changed most
+    non_finite     elements of the output that `non_finite: pass` let be NaN or infinite; a copy's own do not count
+    non_finite_inputs  such elements of the inputs, of which a method may leave some out
     """
 
     name: str
@@ -36,6 +39,9 @@ class Outcome:
     norm_ratio: float | None = None
     rounding_loss: float | None = None
     changed: float | None = None
+    growth: float | None = None
+    non_finite: int = 0
+    non_finite_inputs: int = 0
     seconds: float = 0.0
 
 
@@ -51,10 +57,14 @@ class Block:
 
 
 class Norms:
-    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows."""
+    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows.
+
+    `non_finite` counts the inputs' elements of which `non_finite: pass` made none an error.
+    """
 
     def __init__(self, experts: int) -> None:
         self.squared = [0.0] * experts
+        self.non_finite = 0
 
     @property
     def mean(self) -> float:
@@ -81,9 +91,11 @@ class Tally:
 
     def settled(self) -> Outcome:
         """The outcome, with what the sums say where there is a base to compare with."""
+        self.outcome.non_finite_inputs = self.norms.non_finite
         if self._step.base is not None and self._step.method != COPY:
             norm = math.sqrt(self._merged_squared)
             self.outcome.norm_ratio = _ratio(norm, self.norms.mean)
+            self.outcome.growth = _ratio(norm, math.sqrt(max(self.norms.squared)))
             self.outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
             self.outcome.changed = self._changed / self._step.elements
         return self.outcome
@@ -104,8 +116,11 @@ def naming(step: Step) -> Iterator[None]:
 
 
 def refuse_overflow(step: Step, bad: int) -> None:
-    """Raise MergeError where `bad` elements of the output are not finite though the inputs were."""
-    if bad:
+    """Raise MergeError where `bad` elements of the output are not finite though the inputs were.
+
+    Where the recipe lets them pass nothing is raised.
+    """
+    if bad and not step.passes_non_finite:
         by = "" if step.method == COPY else f" merged by {quoted(step.method)}"
         raise MergeError(
             f"{quoted(step.name)}{by} leaves the range of {step.dtype} in {bad} elements",
@@ -113,8 +128,10 @@ def refuse_overflow(step: Step, bad: int) -> None:
         )
 
 
-def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int) -> None:
+def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int) -> int:
     """Raise MergeError naming the first NaN or infinity; large finite values pass.
+
+    Where the recipe lets them pass, and the method merges each element by itself, returns how many there are.
 
     values         a run of the tensor as stored, in its order
     first_element  where in the flattened tensor the run begins
@@ -122,7 +139,9 @@ def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int
     values = values.flatten()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad) == 0 or step.method == COPY:
-        return
+        return 0
+    if step.passes_non_finite and step.element_by_element:
+        return len(bad)
     flat = int(bad[0]) + first_element
     index = []
     for size in reversed(step.shape):
@@ -131,7 +150,10 @@ def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int
     kind = "NaN" if torch.isnan(values[int(bad[0])]) else "an infinity"
     raise MergeError(
         f"{quoted(step.name)} in {quoted(model)} holds {kind} at {index[::-1]}",
-        hint="The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
+        hint=f"{quoted(step.method)} needs the whole tensor, and `non_finite: pass` is for methods that merge each "
+        "element by itself: choose one, such as `linear`, by a rule that matches this name."
+        if step.passes_non_finite
+        else "The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
     )
 
 

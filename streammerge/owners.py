@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from streammerge.errors import quoted
 from streammerge.rules import Role, TensorClass
 
 if TYPE_CHECKING:
@@ -19,12 +21,15 @@ _ROUTER_NAME = re.compile(r"(^|_)(gate|router)$")
 _EXPERTS_CLASS = re.compile(r"Experts$")
 # stacks of [in, out] whose class carries no `is_transposed`: Llama 4; gpt_oss before transformers 5
 _STACKED_IN_OUT = frozenset({"Llama4TextExperts", "GptOssExperts"})
-# what would make transformers fetch code, or describes how numbers are packed
+# what would make transformers fetch code or weights, or describes how numbers are packed
 _DROPPED_KEYS = frozenset(
     {
         "auto_map",
         "trust_remote_code",
         "quantization_config",
+        "backbone",
+        "use_pretrained_backbone",
+        "use_timm_backbone",
         "attn_implementation",
         "_attn_implementation",
         "_attn_implementation_internal",
@@ -33,6 +38,13 @@ _DROPPED_KEYS = frozenset(
         "_experts_implementation_internal",
     }
 )
+
+
+# config.json may ask for anything: what no model has is not built
+_COUNT = re.compile(r"(layers?|blocks?|depths?|stages?|experts?|heads?|labels?)$")
+MOST_OF_A_COUNT = 100_000
+LARGEST_SIZE = 1 << 28
+MOST_MODULES = 250_000
 
 
 def roles_from_model(config: Mapping[str, Any]) -> dict[str, Role]:
@@ -65,6 +77,7 @@ def not_buildable() -> tuple[type[Exception], ...]:
         AssertionError,
         RuntimeError,
         OSError,
+        MemoryError,
     )
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -87,6 +100,7 @@ def build(config: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    refuse_absurd(config)
     architecture = config["architectures"][0]
     model_class = getattr(transformers, architecture)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -94,8 +108,46 @@ def build(config: dict[str, Any]) -> Any:
     model_config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     # the one implementation that needs nothing installed or fetched
     model_config._attn_implementation = "eager"
-    with init_empty_weights():
+    with _at_most(MOST_MODULES), init_empty_weights():
         return model_class(model_config)
+
+
+def refuse_absurd(value: object, key: str = "") -> None:
+    """Raise ValueError for a number in a config that no model has: what is built, and listed, grows with it."""
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            refuse_absurd(child, name)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            refuse_absurd(child, key)
+    elif isinstance(value, int):
+        most = MOST_OF_A_COUNT if _COUNT.search(key) else LARGEST_SIZE
+        if abs(value) > most:
+            raise ValueError(f"{quoted(key)} is more than {most}")
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Raise ValueError when more modules and parameters than that are made."""
+    from torch.nn.modules import module
+
+    made = 0
+
+    def counted(owner: nn.Module, name: str, part: object) -> None:
+        nonlocal made
+        made += 1
+        if made > count:
+            raise ValueError(f"more than {count} modules and parameters")
+
+    hooks = [
+        module.register_module_module_registration_hook(counted),
+        module.register_module_parameter_registration_hook(counted),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _roles_of(model: Any) -> dict[str, Role]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.owners import roles_from_model
 from streammerge.pools import input_of
 from streammerge.rates import load_rates
-from streammerge.recipe import Recipe, Rule
+from streammerge.recipe import Past, Recipe, Rule
 from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
 from streammerge.step import COPY, Step, stacked
 
@@ -46,6 +46,7 @@ class Plan:
     layout: Layout
     memory: MemoryPlan
     warnings: tuple[str, ...]
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
     device: str = "cpu"
     device_memory: DeviceMemoryPlan | None = None
 
@@ -83,15 +84,35 @@ class Plan:
             "recipe": self.recipe.to_dict(),
             # another kind of device rounds otherwise
             "device": self.device.partition(":")[0],
-            "models": {
-                name: {
-                    file: {**asdict(model.files[file]), "header_sha256": digest}
-                    for file, digest in model.header_sha256.items()
-                }
-                for name, model in zip(self.names, self.models, strict=True)
-            },
+            "models": {name: weight_files(model) for name, model in zip(self.names, self.models, strict=True)},
             "shards": {shard.file: hashlib.sha256(shard.header).hexdigest() for shard in self.layout.shards},
         }
+
+
+def weight_files(model: Checkpoint) -> dict[str, dict[str, Any]]:
+    """What tells whether a model's weights are still the same without reading them: size, time, header of each file."""
+    return {
+        file: {**asdict(model.files[file]), "header_sha256": digest} for file, digest in model.header_sha256.items()
+    }
+
+
+def changed_files(
+    before: Mapping[str, Mapping[str, object]], model: Checkpoint
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How a model's weight files differ from what a report says, and which are the same but for their time."""
+    now, label = weight_files(model), quoted(model.location)
+    changed = [f"{quoted(file)} is gone from {label}" for file in before.keys() - now.keys()]
+    changed += [f"{quoted(file)} in {label} is new since the merge" for file in now.keys() - before.keys()]
+    touched = []
+    for file in sorted(before.keys() & now.keys()):
+        then, facts = before[file], now[file]
+        if then.get("size") != facts["size"]:
+            changed.append(f"{quoted(file)} in {label} has {facts['size']} bytes, had {quoted(then.get('size'))}")
+        elif then.get("header_sha256") != facts["header_sha256"]:
+            changed.append(f"{quoted(file)} in {label} has another header than when it was merged")
+        elif then.get("modified_ns") != facts["modified_ns"]:
+            touched.append(f"{quoted(file)} in {label} was written again since the merge; size and header are the same")
+    return tuple(sorted(changed)), tuple(touched)
 
 
 def make_plan(
@@ -99,33 +120,34 @@ def make_plan(
     storage: Storage,
     *,
     memory_bytes: int | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     device: str = "cpu",
     device_memory_bytes: int | None = None,
 ) -> Plan:
     """Read the models' headers and decide everything.
 
     memory_bytes         the budget; half of what is available when None
-    max_shard_bytes      the most data one output file holds
+    max_shard_bytes      the most data one output file holds; by default what the recipe's report says, or 5 GB
     device               torch's name of where the arithmetic runs
     device_memory_bytes  the budget there; None keeps the arithmetic in host memory
 
     Raises CheckpointError for unsound files, PlanError for models that do not fit together or a budget
     too small for the largest step. Nothing is written.
     """
-    locations = ([recipe.base] if recipe.base else []) + [expert.location for expert in recipe.experts]
-    models = tuple(load_checkpoint(storage, location) for location in locations)
     names = recipe.names
+    models = tuple(load_checkpoint(storage, location) for location in recipe.locations[: len(names)])
     _refuse_quantised(models, names)
     _refuse_differences(models, names)
     _refuse_part_of_the_layers(recipe, models[0], names[0])
     experts = range(1 if recipe.base else 0, len(models))
-    besides = [expert.beside for expert in recipe.experts if expert.beside]
+    besides = recipe.locations[len(names) :]
     models += tuple(load_checkpoint(storage, location) for location in besides)
-    names += tuple(besides)
+    names += besides
     steps = _steps(recipe, models, experts)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
+    past = recipe.past or Past()
+    max_shard_bytes = max_shard_bytes or past.max_shard_bytes or DEFAULT_SHARD_BYTES
     return Plan(
         recipe=recipe,
         models=models,
@@ -134,6 +156,7 @@ def make_plan(
         layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
         memory=memory,
         warnings=tuple(recipe.warnings) + _warnings(recipe, models, names, steps),
+        max_shard_bytes=max_shard_bytes,
         device=device,
         device_memory=None
         if device_memory_bytes is None
@@ -145,7 +168,7 @@ def check_disk(plan: Plan, out: str) -> tuple[int, int]:
     """Bytes the output needs and bytes free where it would lie. Raises PlanError when they do not fit."""
     needed = plan.layout.total_bytes
     folder = Path(os.path.abspath(out))
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -263,10 +286,11 @@ def _step(
     rule = recipe.rule_for(name)
     method = _method_for(recipe, rule, role, reference)
     dtype = (recipe.output_dtype or reference.dtype) if reference.is_float else reference.dtype
+    passes_non_finite = recipe.non_finite == "pass"
     if method is None:
         return Step(
             name=name, role=role, method=COPY, arguments={}, base=None, experts=(reference,), models=(0,),
-            dtype=dtype, by_matrix=False, passes=1, flops=0, workspace_bytes=0,
+            dtype=dtype, by_matrix=False, passes=1, flops=0, workspace_bytes=0, passes_non_finite=passes_non_finite,
         )  # fmt: skip
     arguments = recipe.resolve(method, name, position, rule)
     by_matrix, by_row = method.streams_by == "matrix", method.streams_by == "row"
@@ -274,7 +298,7 @@ def _step(
     if by_row and reference.shape:
         shape = reference.elements // reference.shape[-1], reference.shape[-1]
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
-    cost = method.cost(shape, len(entries), arguments, 8 if widest == 8 else 4)
+    cost = method.cost(shape, len(entries), arguments, 8 if max(widest, DTYPE_BYTES[dtype]) == 8 else 4)
     beside = _beside(method, models, experts, name, shape if by_matrix else None, reference)
     # one of them is in memory at a time
     read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) if by_matrix else 0
@@ -294,6 +318,7 @@ def _step(
         device_bytes=(cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes) + read_beside,
         by_row=by_row,
         block_buffers=cost.block_buffers,
+        passes_non_finite=passes_non_finite,
         looks_at_model=not by_matrix and cost.passes > 1 and cost.look_scope == "model",
         beside=beside,
     )
@@ -368,6 +393,11 @@ def _warnings(
     recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], steps: Sequence[Step]
 ) -> tuple[str, ...]:
     found = []
+    if recipe.past and recipe.past.inputs is not None:
+        pairs = zip(recipe.past.inputs, models, strict=True)
+        changed = [line for before, model in pairs for line in changed_files(before, model)[0]]
+        if changed:
+            found.append(f"the inputs are not those of the report, so the output will differ: {'; '.join(changed[:3])}")
     stacks = [step.name for step in steps if step.role.kind is TensorClass.STACK and step.method == FALLBACK]
     if stacks and recipe.method != FALLBACK:
         found.append(

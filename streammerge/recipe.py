@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import yaml
 
-from streammerge import located_yaml, methods
+from streammerge import located_yaml, methods, patterns
+from streammerge.checkpoint import JSON_LIMIT_BYTES
 from streammerge.errors import RecipeError, quoted
 from streammerge.located_yaml import Located, did_you_mean, nearest
 from streammerge.methods import Method, Parameter
@@ -23,6 +24,7 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Rounding = Literal["nearest", "stochastic"]
+NonFinite = Literal["refuse", "pass"]
 Read = TypeVar("Read")
 
 
@@ -46,10 +48,25 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What a report says of its merge beside the recipe; None where it was written before reports said so.
+
+    max_shard_bytes  the most data that one output file held
+    inputs           for each of the recipe's `locations` its weight files: size, modified_ns, header_sha256
+    """
+
+    max_shard_bytes: int | None = None
+    inputs: tuple[Mapping[str, Mapping[str, object]], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A recipe that was read and checked. Two are equal when they ask for the same merge.
 
     layers  how many each model must have, where the recipe lists them as one slice over all of their layers
+    non_finite  refuse: a NaN or an infinity ends the merge; pass: methods that merge each element by itself let those
+            of the inputs through, and all methods what the output's dtype cannot hold
+    past    of a recipe that was read from a report: the merge that it reproduces
     """
 
     method: str
@@ -60,6 +77,7 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     rounding: Rounding = "nearest"
+    non_finite: NonFinite = "refuse"
     seed: int = 0
     tokenizer_source: str | None = None
     chat_template: str | None = None
@@ -67,10 +85,11 @@ class Recipe:
     layers: int | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     written: str | None = field(default=None, compare=False, repr=False)
+    past: Past | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def load(source: str | os.PathLike[str] | Mapping[str, object] | Recipe) -> Recipe:
-        """A recipe from a path, a mapping, or YAML itself: text of more than one line."""
+        """A recipe from a path (a YAML file's or a report's), a mapping, or YAML itself: text of more than one line."""
         if isinstance(source, Recipe):
             return source
         if isinstance(source, Mapping):
@@ -86,9 +105,24 @@ class Recipe:
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Recipe:
-        """Read a file. Relative paths start at the current folder or else at the file's."""
+        """Read a file, YAML or a report. Relative paths start at the current folder or else at the file's."""
+        if os.fspath(path).endswith(".json") and (report := _report(Path(path))) is not None:
+            return Recipe.from_report(report, str(path), os.path.dirname(path))
         text = _contents(Path(path))
         return _Reader(located_yaml.parse(text, str(path)), os.path.dirname(path)).recipe(text)
+
+    @staticmethod
+    def from_report(report: Mapping[str, object], source: str, folder: str | None = None) -> Recipe:
+        """The recipe in a report, `streammerge.json` read as JSON, with what reproduces its merge.
+
+        source  the report's name in messages
+        folder  where relative paths start that do not exist at the current folder
+        """
+        recipe = report.get("recipe")
+        if not isinstance(recipe, dict):
+            raise RecipeError(f"{quoted(source)} holds no `recipe`", hint=_DAMAGED_REPORT)
+        found = _Reader(located_yaml.wrap(recipe, f"{source}: recipe"), folder).recipe(None)
+        return replace(found, past=_past(report, source, len(found.locations)))
 
     @staticmethod
     def from_dict(mapping: Mapping[str, object]) -> Recipe:
@@ -122,6 +156,7 @@ class Recipe:
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "rounding": None if self.rounding == "nearest" else self.rounding,
+            "non_finite": None if self.non_finite == "refuse" else self.non_finite,
             "seed": self.seed or None,
             "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
@@ -136,7 +171,10 @@ class Recipe:
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
-        return next((rule for rule in self.rules if re.search(rule.match, name)), None)
+        try:
+            return next((rule for rule in self.rules if patterns.compiled(rule.match).is_in(name)), None)
+        except patterns.PatternError as error:
+            raise RecipeError(f"a rule's {error}", hint="Write its `match` with fewer repetitions.") from error
 
     def resolve(self, method: Method, tensor: str, position: float, rule: Rule | None = None) -> dict[str, object]:
         """The keyword arguments of a method's function for one tensor at a depth in [0, 1].
@@ -162,6 +200,12 @@ class Recipe:
                 wrapped = methods.describe(str(arguments[parameter.name.removesuffix("_parameters")]))
                 arguments[parameter.keyword] = {wrapped.parameters[name].keyword: v for name, v in inner.items()}
         return arguments
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Every folder that is read: the base, if there is one, the experts, then what lies beside them."""
+        besides = (each.beside for each in self.experts if each.beside)
+        return (*([self.base] if self.base else []), *(each.location for each in self.experts), *besides)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -210,6 +254,36 @@ def _contents(path: Path) -> str:
         raise RecipeError(f"{quoted(path)} is not UTF-8 text") from error
 
 
+def _report(path: Path) -> dict[str, object] | None:
+    """A file's content if it is a merge's report, which may be longer than any recipe."""
+    try:
+        if path.stat().st_size > JSON_LIMIT_BYTES:
+            return None
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        # to be said by whoever reads it as a recipe
+        return None
+    return table if isinstance(table, dict) and {"format", "recipe", "tensors"} <= table.keys() else None
+
+
+def _past(report: Mapping[str, object], source: str, locations: int) -> Past:
+    shard, inputs = report.get("max_shard_bytes"), report.get("inputs")
+    sound = shard is None or (type(shard) is int and shard > 0)
+    if not sound or not (inputs is None or _are_inputs(inputs, locations)):
+        raise RecipeError(f"{quoted(source)} says something impossible of its inputs or shards", hint=_DAMAGED_REPORT)
+    files = tuple(each["files"] for each in inputs) if isinstance(inputs, list) else None
+    return Past(max_shard_bytes=cast("int | None", shard), inputs=files)
+
+
+def _are_inputs(inputs: object, locations: int) -> bool:
+    return (
+        isinstance(inputs, list)
+        and len(inputs) == locations
+        and all(isinstance(each, dict) and isinstance(each.get("files"), dict) for each in inputs)
+        and all(isinstance(facts, dict) for each in inputs for facts in each["files"].values())
+    )
+
+
 def _short_names(locations: list[str]) -> tuple[str, ...]:
     """As many last path components as set a location apart from the others; repeats are numbered."""
     parts = {location: os.path.normpath(location).split(os.sep) for location in locations}
@@ -239,12 +313,14 @@ _KEYS = (
     "dtype",
     "out_dtype",
     "rounding",
+    "non_finite",
     "seed",
     "tokenizer_source",
     "tokenizer",
     "chat_template",
     "name",
 )
+_DAMAGED_REPORT = "The report is damaged, or was written by hand. Write the recipe as YAML instead."
 _ADAPTER = "{} adds a LoRA adapter in mergekit; streammerge takes models as they are"
 _ADAPTER_HINT = "Merge the adapter into its model first and name the result."
 _VOCABULARY = "{} changes the vocabulary in mergekit; streammerge keeps one model's tokenizer"
@@ -290,6 +366,7 @@ class _Reader:
             dtype=self.optional("dtype", _dtype),
             out_dtype=self.optional("out_dtype", _dtype),
             rounding=self.optional("rounding", _rounding) or "nearest",
+            non_finite=self.optional("non_finite", _non_finite) or "refuse",
             seed=self.optional("seed", _seed) or 0,
             tokenizer_source=self.tokenizer_source(),
             chat_template=self.optional("chat_template", self.chat_template),
@@ -474,6 +551,10 @@ def _rounding(node: Located) -> Rounding:
     return "stochastic" if node.choice(("nearest", "stochastic")) == "stochastic" else "nearest"
 
 
+def _non_finite(node: Located) -> NonFinite:
+    return "pass" if node.choice(("refuse", "pass")) == "pass" else "refuse"
+
+
 def _seed(node: Located) -> int:
     seed = node.whole()
     if not 0 <= seed < 2**63:
@@ -484,8 +565,7 @@ def _seed(node: Located) -> int:
 def _regex(node: Located) -> str:
     pattern = node.text("a regular expression")
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        hint = "Quote it in YAML with single quotes: '…'."
-        raise node.error(f"{quoted(pattern)} is not a regular expression: {error}", hint) from error
+        patterns.compiled(pattern)
+    except patterns.PatternError as error:
+        raise node.error(str(error), "Quote it in YAML with single quotes: '…'.") from error
     return pattern

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from streammerge.budget import format_bytes
-from streammerge.errors import OutputError, quoted
+from streammerge.errors import OutputError, escaped, quoted
 from streammerge.outcome import Outcome
 
 FORMAT = 1
+LARGE = 3.0
+# names in a warning
+_FEW = 3
+# rules whose merged change is a sum of the experts', or what is left of one
+_SUMS = frozenset({
+    "task_arithmetic", "breadcrumbs", "breadcrumbs_ties", "wudi", "swudi", "aswudi", "tsv", "iso_c", "iso_cts",
+    "knots", "svc", "fr", "resmerge", "larv",
+})  # fmt: skip
+_DROPS = frozenset({"dare_linear", "dare_ties", "della", "della_linear"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,9 @@ class Report:
     checksums  SHA-256 of each tensor's bytes
     recipe     the recipe as a plain dict
     memory     bytes: budget, planned, workspace used, and what a method took beyond its plan
+    experts    how many models were merged
+    inputs     every model that was read, in the order of `Recipe.locations`: its location and weight files
+    max_shard_bytes, device  how the output was cut, and where the arithmetic ran
     """
 
     out: str
@@ -55,6 +68,41 @@ class Report:
     memory: Mapping[str, int]
     seconds: Seconds
     versions: Mapping[str, str]
+    experts: int = 1
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    max_shard_bytes: int | None = None
+    device: str = "cpu"
+
+    @property
+    def large(self) -> tuple[Outcome, ...]:
+        """Tensors whose merged change is much larger than any expert's, the largest first: `growth` above a bound.
+
+        For rules that average the bound is LARGE: a mean is never longer than its longest term, and ACTMat with a ridge
+        comes to 3.3 times where it is most at risk, when experts times rows come near the columns; without one it has
+        no bound there. A sum of T experts may be T times as long as one, so its bound is T where that is more, and
+        √10 times as much for rules that drop at random and rescale: what is left of one entry in ten.
+        """
+        found = [o for o in self.tensors if o.growth is not None and o.growth > _bound(o.method, self.experts)]
+        return tuple(sorted(found, key=lambda o: -(o.growth or 0.0)))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the numbers say that a person should look at."""
+        found = []
+        if large := self.large:
+            first = ", ".join(f"{quoted(o.name)} ({o.growth:.1f}, {o.method})" for o in large[:_FEW])
+            bound = min(_bound(o.method, self.experts) for o in large)
+            found.append(
+                f"{_tensors(len(large))} changed more than {bound:.2g} times as much as in any expert: "
+                f"{first}{', …' if len(large) > _FEW else ''}; smaller weights or a larger `ridge` hold them back"
+            )
+        if passed := [o for o in self.tensors if o.non_finite or o.non_finite_inputs]:
+            first = ", ".join(f"{quoted(o.name)} ({o.non_finite_inputs} in, {o.non_finite} out)" for o in passed[:_FEW])
+            found.append(
+                f"`non_finite: pass` let NaN or infinite values into {_tensors(len(passed))}: "
+                f"{first}{', …' if len(passed) > _FEW else ''}"
+            )
+        return tuple(found)
 
     @property
     def worst_certificate(self) -> tuple[str, float] | None:
@@ -70,6 +118,10 @@ class Report:
             "recipe": dict(self.recipe),
             "totals": self.totals(),
             "worst_certificate": {"name": worst[0], "certificate": worst[1]} if worst else None,
+            "warnings": list(self.warnings),
+            "inputs": list(self.inputs),
+            "max_shard_bytes": self.max_shard_bytes,
+            "device": self.device,
             "memory_bytes": dict(self.memory),
             "seconds": {**asdict(self.seconds), "computing": self.seconds.computing},
             "versions": dict(self.versions),
@@ -94,7 +146,7 @@ class Report:
         """A few lines for people."""
         count = len(self.tensors)
         lines = [
-            f"merged {count} tensor{'s' if count != 1 else ''} into {self.out}: "
+            f"merged {_tensors(count)} into {escaped(self.out)}: "
             f"{format_bytes(self.written_bytes)} in {self.seconds.wall:.1f} s"
         ]
         if self.resumed_tensors:
@@ -110,7 +162,18 @@ class Report:
                 f"most from {quoted(first.name)} ({first.rounding_loss:.0%}); "
                 "`rounding: stochastic` or `out_dtype: float32` keeps it"
             )
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _bound(method: str, experts: int) -> float:
+    if method in _SUMS or method in _DROPS:
+        return max(LARGE, float(experts)) * (math.sqrt(10.0) if method in _DROPS else 1.0)
+    return LARGE
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count != 1 else ''}"
 
 
 def parse_report(text: str, label: str) -> dict[str, Any]:

@@ -240,7 +240,8 @@ def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(part["model_type"] for part in _parts(config) if isinstance(part.get("model_type"), str))
 
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
+# no more digits than a model could count to: text from outside may have more than `int` takes
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})\.")
 
 
 def layer_count(names: Iterable[str]) -> int:

@@ -29,6 +29,7 @@ class Step:
     beside     for each expert what lies beside its weights, and in which of the plan's models
     pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
     parts      of the matrices stacked from a pool: each one's step, from top to bottom
+    passes_non_finite  what is not a finite number ends no merge of it, see `Recipe.non_finite`
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
@@ -51,6 +52,7 @@ class Step:
     beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
     pool: str | None = None
     parts: tuple[Step, ...] = ()
+    passes_non_finite: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +73,11 @@ class Step:
     def looks(self) -> int:
         """Passes that a step by element or row takes before it merges."""
         return 0 if self.by_matrix else self.passes - 1
+
+    @property
+    def element_by_element(self) -> bool:
+        """Whether what one element holds reaches no other, unless by its row."""
+        return not self.by_matrix and self.looks == 0
 
     @property
     def read_bytes(self) -> int:

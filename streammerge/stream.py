@@ -119,7 +119,7 @@ class Stream:
     def _copy(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         for number, first in enumerate(range(0, step.elements, block)):
             run, give_back = reader.take(number)
-            yield self._emit(step, first, run)
+            yield self._emit(step, first, run, tally=tallies[step.name])
             give_back()
 
     def _by_element(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
@@ -199,7 +199,10 @@ class Stream:
             out.copy_(base)
             if step.dtype != step.experts[0].dtype:
                 # a copy keeps its infinities: the cast made the others
-                refuse_overflow(step, int((~torch.isfinite(out) & torch.isfinite(base)).sum()))
+                bad = int((~torch.isfinite(out) & torch.isfinite(base)).sum())
+                refuse_overflow(step, bad)
+                if tally is not None:
+                    tally.outcome.non_finite += bad
         else:
             assert merged.shape == base.shape, f"{step.method} returned {tuple(merged.shape)} for {base.shape}"
             # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
@@ -213,8 +216,10 @@ class Stream:
                 first_index=first,
                 measure=step.base is not None and tally is not None,
             )
-            refuse_overflow(step, int(applied.non_finite))
+            bad = int(applied.non_finite)
+            refuse_overflow(step, bad)
             if tally is not None:
+                tally.outcome.non_finite += bad
                 tally.count(int(applied.changed), float(applied.merged_squares), float(applied.lost_squares))
         data = bytes_of(slot)[:nbytes]
         return Block(step.name, first * dtype.itemsize, data, lambda: self._output.put(slot))

@@ -162,7 +162,7 @@ class ElementDeltas(Deltas):
         self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
         if not math.isfinite(torch.linalg.vector_norm(self._base).item()):
-            refuse_non_finite(origin, step, names[step.models[0]], first_element)
+            norms.non_finite += refuse_non_finite(origin, step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -193,7 +193,8 @@ class ElementDeltas(Deltas):
             norm = torch.linalg.vector_norm(out).item()
             if not math.isfinite(norm):
                 model = self._step.models[index + (self._step.base is not None)]
-                refuse_non_finite(run, self._step, self._names[model], self.first_element)
+                found = refuse_non_finite(run, self._step, self._names[model], self.first_element)
+                self._norms.non_finite += found
             self._norms.squared[index] += norm * norm
         return out
 

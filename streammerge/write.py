@@ -14,7 +14,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +22,21 @@ from types import TracebackType
 from typing import Any
 
 from streammerge.errors import OutputError, quoted
-from streammerge.journal import JOURNAL, Journal, os_errors, output_error, partial_folder, refuse_taken
+from streammerge.journal import (
+    JOURNAL,
+    Journal,
+    is_untidied,
+    os_errors,
+    output_error,
+    partial_folder,
+    refuse_taken,
+)
 from streammerge.layout import INDEX_NAME, Layout
 from streammerge.outcome import Block, Outcome
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
 
-FORMAT = 1
+# of the journal; raise it when what a line says, or what a merge is identified by, changes
+FORMAT = 2
 CONFIG = "config.json"
 # how much may be lost to a crash: tensors are made durable in groups of about this many bytes
 GROUP_BYTES = 256 << 20
@@ -55,22 +64,23 @@ class Writer:
         self.written_bytes = 0
         self._layout = layout
         self._files: list[OutputFile] = []
+        self._above = [self.partial.parent]
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         identity = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
         refuse_taken(self.out, resume=resume)
         with os_errors(self.partial):
             resuming = self._open_partial()
-            self._journal = Journal(self.partial / JOURNAL)
+            self._journal = self._open_journal(identity)
             try:
                 if resuming:
                     self._resume(identity)
                 else:
                     self._begin(identity)
             except BaseException:
-                self._close()
                 if not resuming:
                     shutil.rmtree(self.partial, ignore_errors=True)
+                self._close()
                 raise
         self._thread = threading.Thread(target=self._run, name="streammerge-write", daemon=True)
         self._thread.start()
@@ -97,7 +107,7 @@ class Writer:
         index = self._layout.index_json()
         small = dict(side_files) | ({} if index is None else {INDEX_NAME: index.encode()})
         # everything that a full disk could stop comes before the first rename, and what makes it a model comes last
-        names = sorted([*small, *(shard.file for shard in self._layout.shards)], key=lambda name: name == CONFIG)
+        names = [name for name in (*small, *(shard.file for shard in self._layout.shards)) if name != CONFIG]
         with os_errors(self.partial):
             for file in self._files:
                 file.close()
@@ -105,12 +115,21 @@ class Writer:
                 write_durably(self.partial / _staged(name), data)
             for name in names:
                 os.rename(self.partial / _staged(name), self.partial / name)
+            if CONFIG in small:
+                # a power cut may keep a later rename and lose an earlier one
+                sync_folder(self.partial)
+                os.rename(self.partial / _staged(CONFIG), self.partial / CONFIG)
             sync_folder(self.partial)
             os.rename(self.partial, self.out)
             sync_folder(self.out.parent)
-            # the model is complete with or without it: a crash here leaves one file too many
+            # the model is complete with or without it: a crash here leaves one file too many, see `_open_journal`
             (self.out / JOURNAL).unlink()
         self._journal.close()
+
+    def distrust(self) -> None:
+        """Forget what was merged, keep the folder: a later run with `resume` merges every tensor again."""
+        with os_errors(self.partial):
+            self._journal.forget()
 
     def __enter__(self) -> Writer:
         return self
@@ -135,16 +154,44 @@ class Writer:
 
     def _open_partial(self) -> bool:
         """Whether there is an interrupted merge to continue; if there is none its folder is made."""
-        if os.path.lexists(self.partial) and os.listdir(self.partial):
+        if is_untidied(self.out) or (os.path.lexists(self.partial) and os.listdir(self.partial)):
             return True
+        # parents that are made have names to be made durable, too
+        while not self._above[-1].exists():
+            self._above.append(self._above[-1].parent)
         self.partial.mkdir(parents=True, exist_ok=True)
         return False
 
+    def _open_journal(self, identity: Mapping[str, Any]) -> Journal:
+        """The locked journal. A merge stopped just before it removed its own gets back its unfinished name."""
+        if not is_untidied(self.out):
+            try:
+                return Journal(self.partial / JOURNAL)
+            except BaseException:
+                # unless it is another's
+                with suppress(OSError):
+                    self.partial.rmdir()
+                raise
+        journal = Journal(self.out / JOURNAL)
+        try:
+            self._refuse_changes(journal.read(), identity, self.out)
+            os.rename(self.out, self.partial)
+            # before anything in it changes: a power cut must not leave half of it under the old name
+            sync_folder(self.out.parent)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
     def _begin(self, identity: Mapping[str, Any]) -> None:
-        self._open_shards(create=True)
-        self._journal.append([identity])
+        # files without a journal could not be told from someone's own
         sync_folder(self.partial)
-        sync_folder(self.partial.parent)
+        self._open_shards(create=True)
+        # a journal that says what is merged says that the files are there
+        sync_folder(self.partial)
+        self._journal.append([identity])
+        for folder in self._above:
+            sync_folder(folder)
 
     def _open_shards(self, *, create: bool) -> None:
         for shard in self._layout.shards:
@@ -161,14 +208,11 @@ class Writer:
                 staged.unlink()
             self._begin(identity)
             return
-        changes = _changes(lines[0], identity)
-        if changes:
-            raise OutputError(
-                f"{quoted(self.partial)} was begun with other inputs:\n  " + "\n  ".join(changes[:20]),
-                hint="Restore them to resume, or delete that folder and merge again.",
-            )
-        # stopped while it was published: first take back what makes it a model
-        (self.partial / CONFIG).unlink(missing_ok=True)
+        self._refuse_changes(lines, identity, self.partial)
+        if os.path.lexists(self.partial / CONFIG):
+            # stopped while it was published: first take back what makes it a model
+            (self.partial / CONFIG).unlink()
+            sync_folder(self.partial)
         for shard in self._layout.shards:
             staged = self.partial / _staged(shard.file)
             if staged.exists():
@@ -182,6 +226,21 @@ class Writer:
             if self._hash(name) == line["sha256"]:
                 self.checksums[name] = line["sha256"]
                 self.outcomes[name] = Outcome(**line["outcome"])
+
+    def _refuse_changes(self, lines: Sequence[Any], identity: Mapping[str, Any], folder: Path) -> None:
+        begun = lines[0] if lines and isinstance(lines[0], dict) else {}
+        if begun.get("format") != FORMAT:
+            found = json.dumps(begun.get("format"))
+            raise OutputError(
+                f"{quoted(folder / JOURNAL)} has the format {quoted(found)}, expected {quoted(FORMAT)}",
+                hint="Finish it with the version of streammerge that began it, or delete that folder and merge again.",
+            )
+        changes = _changes(begun, identity)
+        if changes:
+            raise OutputError(
+                f"{quoted(folder)} was begun with other inputs:\n  " + "\n  ".join(changes[:20]),
+                hint="Restore them to resume, or delete that folder and merge again.",
+            )
 
     def _hash(self, name: str) -> str:
         place = self._layout.placements[name]

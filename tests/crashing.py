@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import streammerge
-from streammerge import memory, write
+from streammerge import memory, methods, write
+from tests import odd_methods
 
 # forked from a process that has torch loaded but no threads, each death costs a tenth of a second
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["__main__", "tests.crashing", "streammerge.write"])
 
-CALLS = ("pwrite", "fdatasync", "fsync", "rename", "posix_fallocate")
+CALLS = ("pwrite", "write", "fdatasync", "fsync", "rename", "unlink", "posix_fallocate", "ftruncate")
+# in slow motion a merge rests before each of these, so that a kill may land anywhere
+SLOW_CALLS = (*CALLS, "mkdir", "preadv")
+PAUSE_SECONDS = 0.0003
 SHARD_BYTES = 6000
 # no merge of the tests makes so many calls
 AFTER_THE_LAST = 1 << 30
@@ -43,16 +52,74 @@ def dies(
     return process.exitcode != 0
 
 
-def start(recipe: Mapping[str, object], out: Path, *, resume: bool = False) -> Any:
-    """Begin a merge in a process of its own."""
-    process = _PROCESSES.Process(target=_merge, args=(dict(recipe), str(out), -1, False, resume))
+def start(recipe: Mapping[str, object], out: Path, *, resume: bool = False, rests_after: int = -1) -> Any:
+    """Begin a merge in a process of its own; `rests_after` so many calls it does nothing more."""
+    process = _PROCESSES.Process(target=_merge, args=(dict(recipe), str(out), -1, False, resume, rests_after))
     process.start()
     return process
 
 
-def _merge(recipe: dict[str, object], out: str, moment: int, power_cut: bool, resume: bool) -> None:
+def stopped(
+    recipe: Mapping[str, object], out: Path, calls: int, after: float = 0.0, *, number: int = signal.SIGKILL,
+    resume: bool = False,
+) -> tuple[int | None, int]:  # fmt: skip
+    """Run the command line in slow motion and send a signal `after` seconds into its `calls`-th call.
+
+    The exit code, None when it hangs, and how many calls there were. What it says goes to `out`.stderr.
+    """
+    receive, send = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_merge_slowly, args=(dict(recipe), str(out), resume, send))
+    process.start()
+    send.close()
+    seen = 0
+    with suppress(EOFError):
+        while seen < calls:
+            receive.recv_bytes()
+            seen += 1
+        time.sleep(after)
+    assert process.pid is not None
+    # it may have ended by itself
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+    # a pipe that is full must not be what it waits for
+    with suppress(EOFError):
+        while receive.poll(60):
+            receive.recv_bytes()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code, seen
+
+
+def _merge_slowly(recipe: dict[str, object], out: str, resume: bool, send: Any) -> None:
+    from streammerge import cli
+
     small_pieces()
-    disk = _Disk(moment, random.Random(moment) if power_cut else None)
+    methods.METHODS.update(dict.fromkeys(odd_methods.NAMES, "tests.odd_methods"))
+    with open(f"{out}.stderr", "wb") as file:
+        os.dup2(file.fileno(), 2)
+    Path(f"{out}.yaml").write_text(json.dumps(recipe))
+    lock = threading.Lock()
+    for name, real in [(name, getattr(os, name)) for name in SLOW_CALLS]:
+
+        def slow(*arguments: Any, real: Callable[..., Any] = real, **named: Any) -> Any:
+            with lock:
+                send.send_bytes(b".")
+            time.sleep(PAUSE_SECONDS)
+            return real(*arguments, **named)
+
+        setattr(os, name, slow)
+    sys.argv = ["streammerge", "merge", f"{out}.yaml", out, "-q", "--max-shard-size", str(SHARD_BYTES)]
+    sys.argv += ["--resume"] if resume else []
+    cli.main()
+
+
+def _merge(
+    recipe: dict[str, object], out: str, moment: int, power_cut: bool, resume: bool, rests_after: int = -1
+) -> None:
+    small_pieces()
+    disk = _Disk(moment, random.Random(moment) if power_cut else None, rests_after)
     for name in CALLS:
         setattr(os, name, disk.counted(name))
     streammerge.merge(recipe, out, resume=resume, max_shard_size=SHARD_BYTES)
@@ -63,8 +130,8 @@ def _merge(recipe: dict[str, object], out: str, moment: int, power_cut: bool, re
 class _Disk:
     """Counts calls that change the disk, dies at one of them, and knows what was not synced by then."""
 
-    def __init__(self, moment: int, power_cut: random.Random | None) -> None:
-        self._moment, self._power_cut = moment, power_cut
+    def __init__(self, moment: int, power_cut: random.Random | None, rests_after: int) -> None:
+        self._moment, self._power_cut, self._rests_after = moment, power_cut, rests_after
         self._calls = 0
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
         self._unsynced: dict[int, list[tuple[int, bytes]]] = {}
@@ -75,6 +142,8 @@ class _Disk:
         def call(*arguments: Any) -> Any:
             if self._calls == self._moment:
                 self.die(name, arguments)
+            if self._calls == self._rests_after:
+                time.sleep(600)
             self._calls += 1
             if name == "pwrite":
                 descriptor, data, offset = arguments

@@ -50,6 +50,7 @@ LAYERS = (
     "owners",
     "rules",
     "pools",
+    "patterns",
     "budget",
     "checkpoint",
     "errors",

@@ -27,7 +27,7 @@ from streammerge import methods, progress, write
 from streammerge.cli import cli, main
 from streammerge.progress import ProgressLine
 from tests.models import llama_tensors, recipe_of, save_model
-from tests.stored import tensors_of
+from tests.stored import digests, tensors_of
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("merge", "plan", "inspect", "verify", "capture", "methods")
@@ -191,7 +191,9 @@ def test_verify_exits_with_3_when_it_finds_a_difference(run, recipe, tmp_path):
     assert run("merge", recipe, tmp_path / "out", "-q").code == 0
     result = run("verify", tmp_path / "out")
     assert (result.code, result.out, result.err) == (0, f"{tmp_path}/out: 20 tensors, 0 problems\n", "")
-    assert alone(run("verify", tmp_path / "out", "--json").out) == {"tensors": 20, "problems": []}
+    assert alone(run("verify", tmp_path / "out", "--json").out) == {
+        "tensors": 20, "problems": [], "notes": [], "unchecked": [], "recomputed": [],
+    }  # fmt: skip
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
     result = run("verify", tmp_path / "out")
@@ -203,7 +205,36 @@ def test_verify_exits_with_3_when_it_finds_a_difference(run, recipe, tmp_path):
 
 
 def test_verify_exits_with_1_when_it_cannot_look(run, family):
-    assert run("verify", family["base"]).code == 1
+    assert run("verify", family["base"], "--inputs").code == 1
+
+
+def test_verify_says_of_another_tools_model_what_it_could_not_check(run, family):
+    result = run("verify", family["math"], "--base", family["base"])
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[0].startswith("not checked: there is no `streammerge.json`")
+    assert run("verify", family["math"], "--base", family["base"], "--json").code == 0
+
+
+def test_verify_merges_a_sample_again_and_exits_with_3_where_it_differs(run, recipe, family, tmp_path):
+    assert run("merge", recipe, tmp_path / "out", "-q").code == 0
+    result = run("verify", tmp_path / "out", "--recompute", 20, "--seed", 1, "--memory", "1GiB")
+    assert (result.code, result.err) == (0, "")
+    assert len(re.findall(r"^`.*` \(\w+, \w+\): 0\.0e\+00 of its change beyond rounding, 1\.0e-04 allowed$", result.out,
+                          re.MULTILINE)) == 20  # fmt: skip
+    file = family["math"] / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3f")
+    result = run("verify", tmp_path / "out", "--recompute", 20, "--json")
+    assert result.code == 3
+    table = alone(result.out)
+    assert isinstance(table, dict)
+    assert len(table["problems"]) == 1
+    assert "it is not what the recipe and inputs give" in table["problems"][0]
+
+
+def test_merge_takes_a_report_as_its_recipe(run, recipe, tmp_path):
+    assert run("merge", recipe, tmp_path / "out", "-q", "--max-shard-size", "6KB").code == 0
+    assert run("merge", tmp_path / "out" / "streammerge.json", tmp_path / "again", "-q").code == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 
 def test_methods_lists_every_method(run):

@@ -21,6 +21,7 @@ from streammerge.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+SECURITY = (ROOT / "SECURITY.md").read_text()
 
 
 def fenced(text: str, language: str) -> list[str]:
@@ -79,7 +80,7 @@ def test_every_verbs_help_shows_the_whole_first_sentence():
 
 def test_every_make_target_in_the_documents_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z-]+)\b", README + CONTRIBUTING))
+    named = set(re.findall(r"make ([a-z-]+)\b", README + CONTRIBUTING + SECURITY))
     assert {"demo", "test"} <= named <= targets
 
 
@@ -132,7 +133,21 @@ def test_the_worked_example_of_a_method_works(tmp_path, monkeypatch):
     assert "largest" in CliRunner().invoke(cli, ["methods", "largest"]).output
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_the_tests_that_the_security_table_names_exist():
+    rows = re.findall(r"^\| (?!input|---)(.+?) \| (.+) \| (.+?) \|$", section(SECURITY, "Tried"), re.MULTILINE)
+    assert len(rows) > 30
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row[2])
+        assert named, row
+        assert set(named) <= there, row
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING, SECURITY], ids=["README", "CONTRIBUTING", "SECURITY"])
 def test_files_that_the_documents_link_to_exist(text):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target

@@ -21,7 +21,7 @@ from streammerge.capturing.reading import attention_of, build_skeleton, load_mod
 from streammerge.capturing.samples import Sample, batches_of
 from streammerge.checkpoint import Checkpoint
 from streammerge.errors import MergeError, PlanError, escaped, quoted
-from streammerge.journal import partial_folder
+from streammerge.journal import is_untidied, partial_folder
 from streammerge.layout import lay_out
 from streammerge.outcome import Block, Outcome
 from streammerge.plan import DEFAULT_SHARD_BYTES
@@ -222,7 +222,7 @@ class Run:
             sink.write(names, mirror_(mean), {"tokens": counts[site[0]]})
 
     def _write_fisher(self, out: Path, identity: Mapping[str, Any]) -> None:
-        if out.exists():
+        if out.exists() and not is_untidied(out):
             # published before the moments' folder was
             return
         parts = self._fisher_parts()

@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streammerge.checkpoint import ByteFile, FileFacts
@@ -51,11 +51,21 @@ class LocalStorage:
         return {name: FileFacts(s.st_size, s.st_mtime_ns) for name, s in sorted(facts.items())}
 
     def read(self, location: str, name: str, offset: int, nbytes: int) -> bytes:
-        """A small range of a file."""
+        """A small range of a file. Only weights may be links to anywhere: other files are copied into the output."""
         path = self._path(location, name)
-        with _os_errors(path), path.open("rb") as file:
-            file.seek(offset)
-            return file.read(nbytes)
+        if not name.endswith(".safetensors"):
+            _refuse_leaving(path)
+        descriptor = _open(path)
+        parts: list[bytes] = []
+        done = 0
+        try:
+            with _os_errors(path):
+                while part := os.pread(descriptor, min(nbytes - done, _CALL_LIMIT_BYTES), offset + done):
+                    parts.append(part)
+                    done += len(part)
+        finally:
+            _close(descriptor)
+        return b"".join(parts)
 
     def open(self, location: str, name: str) -> ByteFile:
         """Open a file for reading tensor data."""
@@ -72,7 +82,7 @@ class PositionedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = _open(path)
-        self._page_cache = _PageCache(self._descriptor)
+        self._page_cache = _page_cache(path, self._descriptor)
 
     def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
         """Read the range into `buffer`. Raises CheckpointError when the file ends early."""
@@ -92,7 +102,7 @@ class PositionedFile:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        _close(self._descriptor)
 
 
 class MappedFile:
@@ -101,24 +111,25 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = _open(path)
-        self._page_cache = _PageCache(self._descriptor)
+        self._page_cache = _page_cache(path, self._descriptor)
         try:
             # a private writable mapping: torch wraps it without a warning, nothing writes to it
             self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             # a file system without mapping, or an empty file
-            os.close(self._descriptor)
+            _close(self._descriptor)
             raise _unreadable(path, error) from error
 
     def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
         """A view of the mapped range; `buffer` stays unused. Pages are asked for ahead of their use."""
         if not nbytes:
             return buffer[:0]
-        # touching a page beyond the file's end would kill the process
-        if offset + nbytes > min(len(self._map), os.fstat(self._descriptor).st_size):
-            raise _cut_short(self._path, self._descriptor)
-        start, length = _page_range(offset, nbytes)
-        self._map.madvise(mmap.MADV_WILLNEED, start, length)
+        with _os_errors(self._path):
+            # touching a page beyond the file's end would kill the process
+            if offset + nbytes > min(len(self._map), os.fstat(self._descriptor).st_size):
+                raise _cut_short(self._path, self._descriptor)
+            start, length = _page_range(offset, nbytes)
+            self._map.madvise(mmap.MADV_WILLNEED, start, length)
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
@@ -129,7 +140,7 @@ class MappedFile:
 
     def close(self) -> None:
         """Unmap, unless views are still out; then the last of them does."""
-        os.close(self._descriptor)
+        _close(self._descriptor)
         try:
             self._map.close()
         except BufferError:
@@ -152,7 +163,9 @@ class _PageCache:
         start = max(offset - _FOLIO_BYTES, 0)
         if any(self._found_cached[start // _BLOCK_BYTES : -(-offset // _BLOCK_BYTES)]):
             start = offset
-        os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
+        # a hint only
+        with suppress(OSError):
+            os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
     def _was_cached(self, position: int) -> bool:
         block = max(position, 0) // _BLOCK_BYTES
@@ -186,13 +199,42 @@ def _cached_blocks(descriptor: int) -> list[bool]:
         return [is_cached(end - 1) for end in ends]
 
 
+def _refuse_leaving(path: Path) -> None:
+    """Raise CheckpointError unless a file lies, links followed, in its folder or in the hub cache around it."""
+    target, folder = (Path(os.path.realpath(each)) for each in (path, path.parent))
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not any(target.is_relative_to(home) for home in homes):
+        raise CheckpointError(
+            f"{quoted(path)} is a link to {quoted(target)}, outside of the model's folder",
+            hint="Put a copy of the file there, if it is meant to be part of the model.",
+        )
+
+
 def _open(path: Path) -> int:
     with _os_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{quoted(path)} is not a plain file")
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(f"{quoted(path)} is not a plain file")
+        except BaseException:
+            _close(descriptor)
+            raise
     return descriptor
+
+
+def _close(descriptor: int) -> None:
+    # of a file that was only read, an error says nothing
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def _page_cache(path: Path, descriptor: int) -> _PageCache:
+    try:
+        with _os_errors(path):
+            return _PageCache(descriptor)
+    except BaseException:
+        _close(descriptor)
+        raise
 
 
 def _page_range(offset: int, nbytes: int) -> tuple[int, int]:

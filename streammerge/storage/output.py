@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _CALL_LIMIT_BYTES = 1 << 30
@@ -39,7 +40,9 @@ class OutputFile:
     def sync(self) -> None:
         """Return when everything written is on the device; its page cache is given back."""
         os.fdatasync(self._descriptor)
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        # a hint only
+        with suppress(OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def nbytes(self) -> int:
@@ -48,9 +51,10 @@ class OutputFile:
 
     def close(self) -> None:
         """Close the file; closing again does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        # first taken out: after an error, too, the number belongs to whoever opens the next file
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _allocate(self, nbytes: int) -> None:
         try:
@@ -74,10 +78,14 @@ def sync_folder(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """A small file, on the device when this returns."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest[:_CALL_LIMIT_BYTES]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from streammerge import methods
+from streammerge.delta import TensorDeltas
 from streammerge.errors import MergeError
 from streammerge.pools import input_of
 from tests import odd_methods
 from tests.models import llama_tensors, tuned
+from tests.solve.changes import relative_error
 from tests.stored import MemoryStorage, streamed, tensor_of
 from tests.test_device_stream import engine, planned
 
@@ -152,3 +154,26 @@ def test_a_nan_is_named_in_the_matrix_that_holds_it(device):
     storage = MemoryStorage(models)
     with pytest.raises(MergeError, match=rf"`{ATTENTION[1]}` in `expert1` holds NaN at \[2, 3\]"):
         merged(pooled(storage, device=device), storage)
+
+
+@pytest.mark.parametrize("device", [False, True], ids=["cpu", "device"])
+@pytest.mark.parametrize("method", ["actmat", "tact", "wudi", "swudi", "aswudi", "ace"])
+def test_every_covariance_method_pools(method, device):
+    storage = family()
+    plan = planned(storage, method, slot_bytes=512, device_bytes=1 << 30 if device else None,
+                   out_dtype="float32", parameters={"pool": "inputs"})  # fmt: skip
+    found, _ = merged(plan, storage)
+    base, *experts = (llama_tensors(), *(tuned(llama_tensors(), i + 1) for i in range(3)))
+    order = [step.name for step in plan.steps]
+    for group in (ATTENTION, GATED):
+        # of equal magnitudes tact keeps the upper ones
+        group = sorted(group, key=order.index)
+        stack = [torch.cat([model[name].float() for name in group]) for model in (base, *experts)]
+        described = methods.describe(method)
+        defaults = {each.keyword: each.default for each in described.parameters.values()}
+        wanted = described.merge(TensorDeltas(stack[0], stack[1:]), **defaults)
+        rows = [base[name].shape[0] for name in group]
+        for name, part in zip(group, wanted.split(rows), strict=True):
+            assert relative_error(found[name] - base[name].float(), part) <= 1e-3
+    alone = planned(storage, method, slot_bytes=512, device_bytes=None, out_dtype="float32")
+    assert not torch.equal(merged(alone, storage)[0][ATTENTION[0]], found[ATTENTION[0]])

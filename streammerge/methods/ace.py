@@ -24,6 +24,7 @@ def ace(
     threshold: float = 0.3,
     k_frac: float = 0.3,
     compat: Literal["none", "paper"] = "none",
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Merge by centred covariances and a ridge that adapts to the norms.
 
@@ -33,6 +34,8 @@ def ace(
                refined
     k_frac     share of the singular directions that are refined
     compat     paper: epsilon and the spread in the weights' own units, and unchanged experts count
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     With D̃_t = D_t less its columns' means, Σ_t = D̃_tᵀD̃_t, q_t = tr Σ_t: where the norms are alike Σ̃_t = Σ_t,
     ε_t = ε, else Σ̃_t = Σ_t/q_t, ε_t = ε/q_t. Then Δ = (Σ D̃_t(Σ̃_t + ε_t))(Σ(Σ̃_t + ε_t) + 1c)⁻¹, c the row of
@@ -51,4 +54,6 @@ def ace(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an infinity, a
     setting out of range, and with compat paper for k = 0.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     return solve_ace(deltas, epsilon=epsilon, threshold=threshold, k_frac=k_frac, compat=compat)

@@ -26,6 +26,7 @@ def actmat(
     weight_exponent: float = 0.0,
     top_k: float = 0.0,
     time: float = 300.0,
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Merge each matrix so that it acts as every expert does on that expert's inputs.
 
@@ -40,6 +41,8 @@ def actmat(
             ratio
     time    how long solver flow follows the gradient, in units of one over the trace's share of
             one expert
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in five ways changed:
     it is applied to the changes, Δ = Σ D_t C_t (Σ C_t)⁺, and W_0 + Δ written, as the paper's code does:
@@ -56,6 +59,8 @@ def actmat(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
     infinity, or a setting out of range.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     return solve_normal_equations(
         deltas, solver=solver, ridge=ridge, anchor=anchor, weight_exponent=weight_exponent, top_k=top_k, time=time
     )

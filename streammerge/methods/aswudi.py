@@ -23,6 +23,7 @@ def aswudi(
     top_k: float = 0.0,
     anchor: Literal["mean", "base", "sum"] = "sum",
     lambda_: float = 1.0,
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Minimise WUDI's loss along the covariances' main directions alone.
 
@@ -30,6 +31,8 @@ def aswudi(
     anchor  what stays along the others: the experts' mean, nothing (base), or the sum of their
             changes
     lambda  factor of the merged change
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     SWUDI without a time to tune: Δ = Θ + (N - ΘA) V diag(f/λ) Vᵀ as there, with f = 1 on the K largest
     eigenvalues, 0 on the others, K = ⌈(Σσ)²/Σσ²⌉ and σ = √λ. Eigenvalues within rounding of zero,
@@ -39,5 +42,7 @@ def aswudi(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
     infinity, or a setting out of range.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     merged = solve_normal_equations(deltas, solver="top_k", anchor=anchor, weight_exponent=1.0, top_k=top_k)
     return merged if lambda_ == 1.0 else merged.mul_(lambda_)

@@ -24,6 +24,7 @@ def swudi(
     top_k: float = 0.65,
     anchor: Literal["mean", "base", "sum"] = "sum",
     lambda_: float = 1.0,
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Follow WUDI's gradient for a set time, in closed form.
 
@@ -31,6 +32,8 @@ def swudi(
     top_k   share of the eigenvalues that move, the largest; 0 for their participation ratio
     anchor  where it starts: the experts' mean, nothing (base), or the sum of their changes
     lambda  factor of the merged change
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     Δ = Θ + (N - ΘA) V diag(f/λ) Vᵀ, A = Σ C_t/‖D_t‖² = V diag(λ) Vᵀ, N = Σ D_t C_t/‖D_t‖², Θ = Σ D_t and
     f = 1 - exp(-λ·time) on the ⌈in·top_k⌉ largest λ, 0 on the others: gradient flow on
@@ -43,5 +46,7 @@ def swudi(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
     infinity, or a setting out of range.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     merged = solve_normal_equations(deltas, solver="flow", anchor=anchor, weight_exponent=1.0, top_k=top_k, time=time)
     return merged if lambda_ == 1.0 else merged.mul_(lambda_)

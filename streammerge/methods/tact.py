@@ -28,6 +28,7 @@ def tact(
     weight_exponent: float = 0.0,
     top_k: float = 0.0,
     time: float = 300.0,
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Merge as actmat does, by covariances of the largest changes.
 
@@ -44,6 +45,8 @@ def tact(
              ratio
     time     how long solver flow follows the gradient, in units of one over the trace's share of
              one expert
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     Δ = Σ D_t C_t (Σ C_t)⁺ with C_t = F_tᵀF_t, F_t the round(density·out·in) largest entries of D_t, at
     least one; D_t itself stays whole. `merge_tact` of the paper's repository with `solver: pinv`; ours
@@ -54,6 +57,8 @@ def tact(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
     infinity, or a setting out of range.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     return solve_normal_equations(
         deltas,
         solver=solver,

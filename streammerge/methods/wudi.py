@@ -27,6 +27,7 @@ def wudi(
     iterations: int = 0,
     learning_rate: float = 1e-5,
     lambda_: float = 1.0,
+    pool: Literal["none", "inputs"] = "none",
 ) -> Tensor:
     """Find the change that interferes least with what each expert changed.
 
@@ -37,6 +38,8 @@ def wudi(
                 takes 300
     learning_rate  of these steps: the most that an entry moves in one
     lambda      factor of the merged change
+    pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
+            by rows
 
     The minimum itself is no default: where Σ D_tᵀD_t is nearly singular, as it is for adapters and
     matrices of more columns than the experts have rows, it overshoots, up to hundreds of times the
@@ -51,6 +54,8 @@ def wudi(
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
     infinity, or a setting out of range.
     """
+    # by the planner: what comes here is stacked already
+    del pool
     if iterations < 0:
         raise MergeError(f"iterations is {iterations}, expected 0 or more")
     if iterations:

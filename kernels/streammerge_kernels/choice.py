@@ -17,6 +17,7 @@ from torch import Tensor
 Implementation = Literal["table", "torch", "triton"]
 
 NEVER = 1 << 62
+# predicted from what ahead-of-time compiling shows, not yet measured: `make gpu` does that
 # the smallest size from which the Triton twin is taken, by compute capability (major * 10 + minor); an architecture
 # that is not listed takes the next lower one's line. `size` is the op's own measure of its work
 FASTER_FROM: dict[str, dict[int, int]] = {

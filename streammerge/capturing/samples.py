@@ -110,6 +110,7 @@ def _prompt_and_text(entry: Any, label: str, tokenizer: Any) -> tuple[str, str, 
             return "", text, False
         return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), text, False
     except Exception as error:
+        # a template's own code may raise anything
         raise StreamMergeError(
             f"{label} does not fit the tokenizer's chat template: {escaped(error)}", hint="Mend the line's roles."
         ) from error

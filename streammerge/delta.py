@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from streammerge.workspace import Workspace
 from streammerge_kernels.delta_pack import Packed
+
+Found = TypeVar("Found")
 
 PerExpert = float | Sequence[float]
 """A method parameter that a recipe may set for each expert."""
@@ -20,9 +22,14 @@ Settings = Mapping[str, Any] | None
 
 
 class Delta(ABC):
-    """One expert's change of one tensor, W_t - W_0, formed where it is used."""
+    """One expert's change of one tensor, W_t - W_0, or of a piece of it, formed where it is used.
+
+    index          the expert's number
+    first_element  where in the flattened whole tensor it begins
+    """
 
     index: int
+    first_element: int = 0
 
     @abstractmethod
     def dense(self, out: Tensor | None = None) -> Tensor:
@@ -81,6 +88,17 @@ class Deltas(ABC):
     def beside(self, index: int) -> Tensor | None:
         """What the recipe gives beside expert `index` for this tensor: a covariance, a diagonal. None without."""
         return None
+
+    def each(self, work: Callable[[Delta, Tensor], Found]) -> tuple[list[Tensor], list[list[Found]]]:
+        """Form every expert's change and let `work` see it, and change it in place, piece by piece.
+
+        Pieces are whole rows, where the block has rows, and begin at multiples of PANEL_ELEMENTS where it has none.
+        A stream on a CPU works on several at a time: `work` writes to its piece only.
+
+        Returns the changes, each [*shape] in a buffer of the step's workspace, and for each expert what `work` found.
+        """
+        changes = [self.empty(*self.shape) for _ in range(self.experts)]
+        return changes, [[work(delta, delta.dense(out=changes[delta.index]))] for delta in self]
 
     def weighted_sum(self, weights: Sequence[float]) -> Tensor:
         """Σ w_t (W_t - W_0), [*shape], in a buffer of the step's workspace."""

@@ -165,7 +165,7 @@ class DeviceDeltas(Deltas):
 
 class _DeviceDelta(Delta):
     def __init__(self, deltas: DeviceDeltas, index: int) -> None:
-        self.index = index
+        self.index, self.first_element = index, deltas.first_element
         self._deltas = deltas
 
     def dense(self, out: Tensor | None = None) -> Tensor:

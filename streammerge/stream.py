@@ -7,6 +7,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,7 @@ class Stream:
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
         self.workspace = Workspace(plan.memory.workspace_bytes)
+        self._workers = _workers()
         self._output: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes
         memory = torch.empty(plan.memory.output_slots * slot_bytes, dtype=torch.uint8)
@@ -74,6 +76,7 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._settings.close()
+        self._workers.shutdown()
         self.ahead.close()
 
     def __iter__(self) -> Iterator[Block]:
@@ -158,7 +161,7 @@ class Stream:
         for first, origin, moving in runs.blocks(number):
             yield ElementDeltas(
                 step, self._plan.names, origin, moving, first, self.workspace, norms,
-                seed=self._plan.recipe.seed, beside=reader.beside(first, len(origin)),
+                self._workers, seed=self._plan.recipe.seed, beside=reader.beside(first, len(origin)),
             )  # fmt: skip
             self.workspace.reset()
 
@@ -263,6 +266,11 @@ def _threads_for(step: Step) -> int:
     # matrix products hide reading and writing; blocks of elements compete with them for the cores, and
     # a parallel loop whose threads must wait for a core is many times slower than a serial one
     return thread_limit() if step.by_matrix else max(thread_limit() - 2, 1)
+
+
+def _workers() -> ThreadPoolExecutor:
+    """Threads that each work on a piece of a block: unlike a parallel loop's, none waits for another."""
+    return ThreadPoolExecutor(thread_limit(), "streammerge-piece", torch.set_num_threads, (1,))
 
 
 def thread_limit() -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from streammerge.checkpoint import TensorEntry
-from streammerge.delta import Delta, Deltas
+from streammerge.delta import Delta, Deltas, Found
 from streammerge.outcome import Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
 from streammerge.step import Step
@@ -21,6 +23,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
     "C64": torch.complex64,
 }  # fmt: skip
+# a multiple of PANEL_ELEMENTS: fewer than these cost calls, more cost cache
+PIECE_ELEMENTS = 1 << 17
 
 
 class Sources:
@@ -131,7 +135,10 @@ class StepReader:
 
 
 class ElementDeltas(Deltas):
-    """One block of a tensor: the runs of every model are held, so iterating again costs no reading."""
+    """One block of a tensor: the runs of every model are held, so iterating again costs no reading.
+
+    workers  work on several pieces of it at a time
+    """
 
     def __init__(
         self,
@@ -142,11 +149,13 @@ class ElementDeltas(Deltas):
         first_element: int,
         workspace: Workspace,
         norms: Norms,
+        workers: Executor,
         *,
         seed: int = 0,
         beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         self.name = step.name
+        self._workers = workers
         if step.by_row:
             origin, moving = origin.view(-1, step.columns), [run.view(-1, step.columns) for run in moving]
         self.shape, self.whole = tuple(origin.shape), step.shape
@@ -168,6 +177,26 @@ class ElementDeltas(Deltas):
         for index in range(self.experts):
             yield _ElementDelta(self, index)
 
+    def each(self, work: Callable[[Delta, Tensor], Found]) -> tuple[list[Tensor], list[list[Found]]]:
+        changes = [self.empty(*self.shape) for _ in range(self.experts)]
+        columns = self.shape[1] if self._step.by_row else 1
+        rows = max(PIECE_ELEMENTS // columns, 1)
+        places = [slice(first, first + rows) for first in range(0, len(self._base), rows)]
+
+        def see(index: int, place: slice) -> tuple[Found, tuple[float, int]]:
+            change, first = changes[index][place], self.first_element + place.start * columns
+            form = partial(self._form, index, place, first)
+            formed = form(change)
+            return work(_PieceDelta(index, first, form, change), change), formed
+
+        tasks = [[self._workers.submit(see, index, place) for place in places] for index in range(self.experts)]
+        found: list[list[Found]] = []
+        for index, pieces in enumerate(tasks):
+            results = [piece.result() for piece in pieces]
+            self._count(index, [formed for _, formed in results])
+            found.append([result for result, _ in results])
+        return changes, found
+
     def base(self) -> Tensor:
         return self._base
 
@@ -184,28 +213,49 @@ class ElementDeltas(Deltas):
             if self._delta is None:
                 self._delta = self.empty(*self.shape)
             out = self._delta
+        self._count(index, [self._form(index, slice(None), self.first_element, out)])
+        return out
+
+    def _form(self, index: int, place: slice, first_element: int, out: Tensor) -> tuple[float, int]:
+        """Form a piece of a delta; its squared norm and how many of the expert's values are not finite."""
         run = self._runs[index]
         if run is None:
-            return out.zero_()
-        out.copy_(run).sub_(self._base)
+            out.zero_()
+            return 0.0, 0
+        out.copy_(run[place]).sub_(self._base[place])
+        norm = torch.linalg.vector_norm(out).item()
+        non_finite = 0
+        if not math.isfinite(norm):
+            model = self._step.models[index + (self._step.base is not None)]
+            non_finite = refuse_non_finite(run[place], self._step, self._names[model], first_element)
+        return norm * norm, non_finite
+
+    def _count(self, index: int, pieces: Sequence[tuple[float, int]]) -> None:
         if not self._measured[index]:
             self._measured[index] = True
-            norm = torch.linalg.vector_norm(out).item()
-            if not math.isfinite(norm):
-                model = self._step.models[index + (self._step.base is not None)]
-                found = refuse_non_finite(run, self._step, self._names[model], self.first_element)
-                self._norms.non_finite += found
-            self._norms.squared[index] += norm * norm
-        return out
+            for squared, non_finite in pieces:
+                self._norms.squared[index] += squared
+                self._norms.non_finite += non_finite
 
 
 class _ElementDelta(Delta):
     def __init__(self, deltas: ElementDeltas, index: int) -> None:
-        self.index = index
+        self.index, self.first_element = index, deltas.first_element
         self._deltas = deltas
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         return self._deltas.form(self.index, out)
+
+
+class _PieceDelta(Delta):
+    def __init__(self, index: int, first_element: int, form: Callable[[Tensor], object], like: Tensor) -> None:
+        self.index, self.first_element = index, first_element
+        self._form, self._like = form, like
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(self._like) if out is None else out
+        self._form(out)
+        return out
 
 
 class MatrixDeltas(Deltas):

@@ -118,7 +118,7 @@ class BlockDeltas(TensorDeltas):
 
 class _BlockDelta(Delta):
     def __init__(self, deltas: BlockDeltas, inner: Delta) -> None:
-        self.index = inner.index
+        self.index, self.first_element = inner.index, deltas.first_element
         self._deltas, self._inner = deltas, inner
 
     def dense(self, out: Tensor | None = None) -> Tensor:

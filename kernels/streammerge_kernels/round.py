@@ -91,16 +91,23 @@ def random_lanes(
 
 def philox(counter: Tensor, words: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of the counters (c mod 2³², c div 2³², 0, 0): four [*shape] int64 words in [0, 2³²)."""
-    zero = torch.zeros_like(counter)
-    c0, c1, c2, c3 = counter & _WORD, (counter >> 32) & _WORD, zero, zero
+    c0, c1 = counter & _WORD, (counter >> 32).bitwise_and_(_WORD)
+    c2, c3, high = torch.zeros_like(c0), torch.zeros_like(c0), torch.empty_like(c0)
     k0, k1 = words
     for _ in range(10):
-        # int64 products wrap, which leaves the 64 bits of the unsigned product
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (p0 >> 32) & _WORD, (p1 >> 32) & _WORD
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD
+        # int64 products wrap, which leaves the 64 bits of the unsigned product; in place, since memory is the limit.
+        # The low words are cut only when they are multiplied next: until then they are but added bit by bit
+        c0 *= _MULTIPLIERS[0]
+        c2 *= _MULTIPLIERS[1]
+        c1 ^= torch.bitwise_right_shift(c2, 32, out=high)
+        c1 ^= k0
+        c1 &= _WORD
+        c3 ^= torch.bitwise_right_shift(c0, 32, out=high)
+        c3 ^= k1
+        c3 &= _WORD
+        c0, c1, c2, c3 = c1, c2, c3, c0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
 def _to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:

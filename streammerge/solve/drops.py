@@ -24,13 +24,13 @@ _WORDS = 1 << 32
 
 
 class Drop(Protocol):
-    """A rule of which entries of a block are kept."""
+    """A rule of which entries of a change are kept."""
 
     def keeps_all(self, index: int) -> bool:
         """Whether nothing of expert `index` is dropped."""
 
-    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
-        """Set what is dropped of an expert's change to zero, in place; `rescale` divides the rest by its chance."""
+    def drop_(self, deltas: Deltas, delta: Delta, change: Tensor, *, rescale: bool) -> Tensor:
+        """Set what is dropped of a piece of a change to zero, in place; `rescale` divides the rest by its chance."""
 
 
 class Dare:
@@ -42,15 +42,15 @@ class Dare:
     def keeps_all(self, index: int) -> bool:
         return self._densities[index] == 1.0
 
-    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
-        density = self._densities[index]
+    def drop_(self, deltas: Deltas, delta: Delta, change: Tensor, *, rescale: bool) -> Tensor:
+        density = self._densities[delta.index]
         mask = keep_mask(
             change.shape,
             density=density,
             seed=deltas.seed,
             name=deltas.name,
-            expert=str(index),
-            first_index=deltas.first_element,
+            expert=str(delta.index),
+            first_index=delta.first_element,
             device=change.device,
         )
         change.mul_(mask)
@@ -66,18 +66,18 @@ class Della:
     def keeps_all(self, index: int) -> bool:
         return self._spans[index] == (1.0, 1.0)
 
-    def drop_(self, deltas: Deltas, index: int, change: Tensor, *, rescale: bool) -> Tensor:
-        least, most = self._spans[index]
+    def drop_(self, deltas: Deltas, delta: Delta, change: Tensor, *, rescale: bool) -> Tensor:
+        least, most = self._spans[delta.index]
         if most == 0.0:
             return change.zero_()
         rows = change.view(-1, change.shape[-1] if change.ndim else 1)
         columns = rows.shape[1]
-        words = drop_key(deltas.seed, deltas.name, str(index))
+        words = drop_key(deltas.seed, deltas.name, str(delta.index))
         size = max((_CHUNK if change.device.type == "cpu" else _DEVICE_CHUNK) // max(columns, 1), 1)
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             chance = chances(part, least, most)
-            start, skipped = divmod(deltas.first_element + first * columns, 4)
+            start, skipped = divmod(delta.first_element + first * columns, 4)
             drawn = random_lanes(words, start, -(-(skipped + part.numel()) // 4), change.device).view(-1)
             below = (chance * _WORDS).round_().view(-1)
             part.mul_((drawn[skipped : skipped + part.numel()] < below).view(part.shape))
@@ -109,7 +109,7 @@ class DropLook:
 
     def look(self, number: int, deltas: Deltas) -> None:
         def thin(delta: Delta, change: Tensor) -> Tensor:
-            return self._drop.drop_(deltas, delta.index, change, rescale=False)
+            return self._drop.drop_(deltas, delta, change, rescale=False)
 
         self.ratios.look(deltas, thin)
 
@@ -142,6 +142,6 @@ def drop_entries(deltas: Deltas, drop: Drop, *, rescale: bool, rescale_by: str) 
     def thin(delta: Delta, change: Tensor) -> Tensor:
         if drop.keeps_all(delta.index):
             return change
-        return drop.drop_(deltas, delta.index, change, rescale=rescale and not by_norm)
+        return drop.drop_(deltas, delta, change, rescale=rescale and not by_norm)
 
     return deltas.seen.ratios.rescaled(deltas.name, thin) if by_norm and drops else thin

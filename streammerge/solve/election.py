@@ -15,20 +15,20 @@ from streammerge.solve.shares import normalized
 from streammerge_kernels.elect import elect, vote_balance
 
 Thin = Callable[[Delta, Tensor], Tensor]
-"""Sets entries of an expert's change to zero, in place, and may rescale the others; returns it."""
+"""Sets entries of a piece of an expert's change to zero, in place, and may rescale the others; returns it."""
 
 
 def thinned(deltas: Deltas, thin: Thin) -> list[Tensor]:
     """Each expert's change, thinned, in buffers of the workspace."""
-    return [thin(delta, delta.dense(out=deltas.empty(*deltas.shape))) for delta in deltas]
+    return deltas.each(thin)[0]
 
 
 def added(deltas: Deltas, thin: Thin, weights: Sequence[float], *, normalize: bool, factor: float) -> Tensor:
     """factor · Σ w_t D_t of the thinned changes: [*shape]. Raises MergeError for weights that cannot be normalized."""
     weights = normalized(weights, deltas.name) if normalize else weights
-    merged, change = deltas.zeros(*deltas.shape), deltas.empty(*deltas.shape)
-    for delta, weight in zip(deltas, weights, strict=True):
-        merged.add_(thin(delta, delta.dense(out=change)), alpha=weight * factor)
+    merged = deltas.zeros(*deltas.shape)
+    for change, weight in zip(thinned(deltas, thin), weights, strict=True):
+        merged.add_(change, alpha=weight * factor)
     return merged
 
 

@@ -25,7 +25,7 @@ class ScaledDelta(Delta):
     """One expert's change, times a factor."""
 
     def __init__(self, delta: Delta, factor: float) -> None:
-        self.index = delta.index
+        self.index, self.first_element = delta.index, delta.first_element
         self._delta, self._factor = delta, factor
 
     def dense(self, out: Tensor | None = None) -> Tensor:

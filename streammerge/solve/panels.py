@@ -8,7 +8,7 @@ exactly and rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from streammerge.errors import MergeError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 
 # elements multiplied at a time: the float64 temporaries then stay in a CPU's cache; a GPU wants few launches
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 _DEVICE_CHUNK = 1 << 24
 _NARROW = 256
 
@@ -31,37 +31,32 @@ def panel_sums(left: Tensor, right: Tensor) -> Tensor:
 
     Returns [panels] float64, on the device. Add them up with `total`.
     """
-    return gram_panels([left] if left is right else [left, right])[0 if left is right else 1]
+    return _over_panels([left, right], 1, _product)[0]
 
 
 def row_sums(left: Tensor, right: Tensor) -> Tensor:
     """Σ left · right over each row: [rows, columns] -> [rows] float64. Fewer dimensions are one row."""
-    return gram_rows([left] if left is right else [left, right])[0 if left is right else 1]
+    return _over_rows([left, right], 1, _product)[0]
+
+
+def panel_magnitudes(values: Tensor) -> Tensor:
+    """Σ |values| over each panel, as `panel_sums` cuts them: [panels] float64."""
+    return _over_panels([values], 1, _magnitude)[0]
+
+
+def row_magnitudes(values: Tensor) -> Tensor:
+    """Σ |values| over each row: [rows, columns] -> [rows] float64. Fewer dimensions are one row."""
+    return _over_rows([values], 1, _magnitude)[0]
 
 
 def gram_panels(vectors: Sequence[Tensor]) -> Tensor:
     """The panel sums of all pairs: [pairs, panels], in the order (0, 0), (1, 0), (1, 1), (2, 0), …"""
-    flat = [vector.reshape(-1) for vector in vectors]
-    elements, device = flat[0].numel(), flat[0].device
-    whole = elements // PANEL
-    sums = torch.empty(_pairs(len(flat)), -(-elements // PANEL), dtype=torch.float64, device=device)
-    for panels in _chunks(whole, PANEL, device):
-        part = slice(panels.start * PANEL, panels.stop * PANEL)
-        _fold_pairs([vector[part].view(-1, PANEL) for vector in flat], sums[:, panels])
-    if elements > whole * PANEL:
-        _fold_pairs([vector[whole * PANEL :].view(1, -1) for vector in flat], sums[:, whole:])
-    return sums
+    return _over_panels(vectors, _pairs(len(vectors)), _all_products)
 
 
 def gram_rows(vectors: Sequence[Tensor]) -> Tensor:
     """The row sums of all pairs: [pairs, rows], pairs ordered as by `gram_panels`."""
-    shape = vectors[0].shape
-    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
-    matrices = [vector.reshape(rows, columns) for vector in vectors]
-    sums = torch.empty(_pairs(len(matrices)), rows, dtype=torch.float64, device=matrices[0].device)
-    for part in _chunks(rows, columns, sums.device):
-        _fold_pairs([matrix[part] for matrix in matrices], sums[:, part])
-    return sums
+    return _over_rows(vectors, _pairs(len(vectors)), _all_products)
 
 
 def total(sums: Sequence[Tensor], name: str) -> float:
@@ -118,12 +113,54 @@ def stacked_changes(deltas: Deltas) -> Tensor:
     return changes
 
 
-def _fold_pairs(vectors: Sequence[Tensor], out: Tensor) -> None:
-    """Sum the products of all pairs along the rows of [rows, width] into [pairs, rows]."""
-    wide = [vector.double() for vector in vectors]
-    for i, left in enumerate(wide):
-        for j, right in enumerate(wide[: i + 1]):
-            out[_place(i, j)] = _fold_(left * right)
+Terms = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+"""What is summed of vectors [rows, width] float64, which it may overwrite: terms of that shape, one at a time."""
+
+
+def _product(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
+    left, right = vectors
+    yield left.mul_(right)
+
+
+def _magnitude(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
+    yield vectors[0].abs_()
+
+
+def _all_products(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for i, left in enumerate(vectors):
+        for right in vectors[: i + 1]:
+            yield left * right
+
+
+def _over_panels(vectors: Sequence[Tensor], sums: int, terms: Terms) -> Tensor:
+    """Sums over panels of each of the `sums` terms: [sums, panels]."""
+    flat = [vector.reshape(-1) for vector in vectors]
+    elements, device = flat[0].numel(), flat[0].device
+    whole = elements // PANEL
+    found = torch.empty(sums, -(-elements // PANEL), dtype=torch.float64, device=device)
+    for panels in _chunks(whole, PANEL, device):
+        part = slice(panels.start * PANEL, panels.stop * PANEL)
+        _fold_terms([vector[part].view(-1, PANEL) for vector in flat], terms, found[:, panels])
+    if elements > whole * PANEL:
+        _fold_terms([vector[whole * PANEL :].view(1, -1) for vector in flat], terms, found[:, whole:])
+    return found
+
+
+def _over_rows(vectors: Sequence[Tensor], sums: int, terms: Terms) -> Tensor:
+    """Sums over rows of each of the `sums` terms: [sums, rows]."""
+    shape = vectors[0].shape
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    matrices = [vector.reshape(rows, columns) for vector in vectors]
+    found = torch.empty(sums, rows, dtype=torch.float64, device=matrices[0].device)
+    for part in _chunks(rows, columns, found.device):
+        _fold_terms([matrix[part] for matrix in matrices], terms, found[:, part])
+    return found
+
+
+def _fold_terms(vectors: Sequence[Tensor], terms: Terms, out: Tensor) -> None:
+    """Sum each term along the rows of [rows, width] into [terms, rows]."""
+    for number, term in enumerate(terms([vector.to(torch.float64, copy=True) for vector in vectors])):
+        out[number] = _fold_(term)
 
 
 def _fold_(products: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streammerge.delta import Delta, Deltas
 from streammerge.solve.election import Thin
-from streammerge.solve.panels import panel_sums, row_sums, total
+from streammerge.solve.panels import panel_magnitudes, row_magnitudes, total
 
 
 class NormRatios:
@@ -19,7 +19,7 @@ class NormRatios:
     """
 
     def __init__(self, thinned: Collection[int], *, by_row: bool = False) -> None:
-        self._thinned, self._block_sums = thinned, row_sums if by_row else panel_sums
+        self._thinned, self._block_sums = thinned, row_magnitudes if by_row else panel_magnitudes
         self._name = ""
         self._sums: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._ratios: dict[tuple[str, int], float] = {}
@@ -30,15 +30,16 @@ class NormRatios:
             # a model's panels are too many to keep
             self.finish()
             self._name = deltas.name
-        buffer = deltas.empty(*deltas.shape)
-        for delta in deltas:
-            if delta.index not in self._thinned:
-                continue
-            whole, left = self._sums.setdefault(delta.index, ([], []))
-            change = delta.dense(out=buffer)
-            signs = change.sign()
-            whole.append(self._block_sums(change, signs))
-            left.append(self._block_sums(thin(delta, change), signs))
+
+        def sums(delta: Delta, change: Tensor) -> tuple[Tensor, Tensor]:
+            return self._block_sums(change), self._block_sums(thin(delta, change))
+
+        for index, pieces in enumerate(deltas.each(sums)[1]):
+            if index in self._thinned:
+                wholes, lefts = self._sums.setdefault(index, ([], []))
+                for whole, left in pieces:
+                    wholes.append(whole)
+                    lefts.append(left)
 
     def finish(self) -> None:
         """All blocks of the last tensor were seen."""

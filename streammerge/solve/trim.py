@@ -80,7 +80,7 @@ class TiesLook:
     def _trim(self, deltas: Deltas) -> Thin:
         def trim(delta: Delta, change: Tensor) -> Tensor:
             for search in self._searches[delta.index]:
-                search.cut.keep_(change, deltas.name, deltas.first_element)
+                search.cut.keep_(change, deltas.name, delta.first_element)
             return change
 
         return trim
@@ -128,15 +128,13 @@ class BreadcrumbsLook:
         return self._ratios.rescaled(deltas.name, trim) if self._ratios else trim
 
     def _trim(self, deltas: Deltas) -> Thin:
-        copy = deltas.empty(*deltas.shape)
-
         def trim(delta: Delta, change: Tensor) -> Tensor:
             if not self._searches[delta.index]:
                 return change
             outer, inner = (search.cut for search in self._searches[delta.index])
-            copy.copy_(change)
-            outer.keep_(change, deltas.name, deltas.first_element)
-            return change.sub_(inner.keep_(copy, deltas.name, deltas.first_element))
+            copy = change.clone()
+            outer.keep_(change, deltas.name, delta.first_element)
+            return change.sub_(inner.keep_(copy, deltas.name, delta.first_element))
 
         return trim
 

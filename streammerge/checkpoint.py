@@ -69,7 +69,10 @@ class Storage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: `nbytes` bytes from byte `offset` of `file`, `shape` elements of `dtype`."""
+    """One tensor: `nbytes` bytes from byte `offset` of `file`, `shape` elements of `dtype`.
+
+    location  the folder that the file lies in; None for that of the checkpoint that lists the tensor
+    """
 
     name: str
     dtype: str
@@ -77,6 +80,12 @@ class TensorEntry:
     file: str
     offset: int
     nbytes: int
+    location: str | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that reading all of it reads, each once."""
+        return self.nbytes
 
     @property
     def elements(self) -> int:
@@ -91,13 +100,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A model folder: its tensors by name, in file order, and what its other files say."""
+    """A model: its tensors by name, in file order, and what its folder's other files say.
+
+    location  the folder
+    files, header_sha256  of that folder: all plain files; those of weights, by the digest of their headers
+    besides   other folders that some of the tensors are made of, such as an adapter's
+    """
 
     location: str
     tensors: Mapping[str, TensorEntry]
     config: Mapping[str, Any]
     files: Mapping[str, FileFacts]
     header_sha256: Mapping[str, str]
+    besides: tuple[Checkpoint, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -173,7 +188,7 @@ def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[
 def changed_files(storage: Storage, model: Checkpoint) -> list[str]:
     """Files of tensors that are no longer what they were when `model` was loaded, each with what changed."""
     files = storage.files(model.location)
-    found = []
+    found = [line for beside in model.besides for line in changed_files(storage, beside)]
     for name, digest in model.header_sha256.items():
         label, before, now = _label(model.location, name), model.files[name], files.get(name)
         if now is None:

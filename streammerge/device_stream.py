@@ -34,7 +34,8 @@ from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
 from streammerge.solve.cost import PANEL_ELEMENTS
 from streammerge.step import COPY, Step
-from streammerge.streamed_deltas import TORCH_DTYPES, Sources, StepReader
+from streammerge.streamed_deltas import Sources, StepReader
+from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge_kernels.apply import Applied, apply_
 
 logger = logging.getLogger(__name__)

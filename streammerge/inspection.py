@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.checkpoint import Checkpoint, Storage, load_checkpoint
+from streammerge.checkpoint import Checkpoint, Storage
 from streammerge.compare import differences
+from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.rules import Role, roles
 
@@ -52,7 +53,7 @@ class Inspection:
 
 def inspect_models(storage: Storage, *locations: str) -> Inspection:
     """Read the headers of some models. Raises CheckpointError for an unsound one."""
-    models = tuple(load_checkpoint(storage, location) for location in locations)
+    models = tuple(open_model(storage, location) for location in locations)
     return Inspection(
         models=models,
         roles=tuple(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.budget import format_bytes
+from streammerge.derived import DerivedEntry
 from streammerge.errors import PlanError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 from streammerge.step import Step
@@ -91,7 +92,7 @@ def fit_memory(steps: Sequence[Step], budget_bytes: int, *, staged: bool = False
 def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool) -> tuple[MemoryPlan | None, Step]:
     largest = max(steps, key=lambda step: step_workspace_bytes(step, slot_bytes))
     workspace = 0 if staged else step_workspace_bytes(largest, slot_bytes)
-    reserve = _reserve_bytes(steps, staged)
+    reserve = _reserve_bytes(steps, slot_bytes, staged)
     left = budget_bytes - reserve - workspace - _output_slots(slot_bytes) * slot_bytes
     fewest = _fewest_slots(steps)
     most = min(STAGED_INPUT_BYTES // slot_bytes, MOST_INPUT_SLOTS) if staged else MOST_INPUT_SLOTS
@@ -109,9 +110,18 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool
     return plan, largest
 
 
-def _reserve_bytes(steps: Sequence[Step], staged: bool) -> int:
+def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
     by_matrix = any(step.by_matrix for step in steps) and not staged
-    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0)
+    # the thread that reads ahead computes one run, and another that is read out of turn may be computed meanwhile
+    deriving = 2 * max((_scratch_bytes(step, slot_bytes) for step in steps), default=0)
+    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving
+
+
+def _scratch_bytes(step: Step, slot_bytes: int) -> int:
+    """What computing a run of the step's derived inputs takes."""
+    entries = (*step.experts, step.base)
+    derived = [entry for entry in entries if isinstance(entry, DerivedEntry)]
+    return max((entry.scratch_bytes(block_elements(step, slot_bytes)) for entry in derived), default=0)
 
 
 def _output_slots(slot_bytes: int) -> int:
@@ -130,4 +140,4 @@ def _widest_row_bytes(steps: Sequence[Step]) -> int:
 def _needed_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
     workspace = 0 if staged else max(step_workspace_bytes(step, slot_bytes) for step in steps)
     slots = _output_slots(slot_bytes) + _fewest_slots(steps)
-    return _reserve_bytes(steps, staged) + workspace + slots * slot_bytes
+    return _reserve_bytes(steps, slot_bytes, staged) + workspace + slots * slot_bytes

@@ -13,12 +13,13 @@ from typing import Any
 
 from streammerge import methods
 from streammerge.budget import available_memory_bytes, format_bytes
-from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry, load_checkpoint
+from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry
 from streammerge.compare import differences
 from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_device_bytes
 from streammerge.errors import PlanError, escaped, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
+from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.pools import input_of
 from streammerge.rates import load_rates
@@ -91,9 +92,11 @@ class Plan:
 
 def weight_files(model: Checkpoint) -> dict[str, dict[str, Any]]:
     """What tells whether a model's weights are still the same without reading them: size, time, header of each file."""
-    return {
-        file: {**asdict(model.files[file]), "header_sha256": digest} for file, digest in model.header_sha256.items()
-    }
+    own = {file: {**asdict(model.files[file]), "header_sha256": digest} for file, digest in model.header_sha256.items()}
+    besides = (
+        (f"{beside.location}/{file}", facts) for beside in model.besides for file, facts in weight_files(beside).items()
+    )
+    return {**own, **dict(besides)}
 
 
 def changed_files(
@@ -135,13 +138,13 @@ def make_plan(
     too small for the largest step. Nothing is written.
     """
     names = recipe.names
-    models = tuple(load_checkpoint(storage, location) for location in recipe.locations[: len(names)])
+    models = tuple(open_model(storage, location) for location in recipe.locations[: len(names)])
     _refuse_quantised(models, names)
     _refuse_differences(models, names)
     _refuse_part_of_the_layers(recipe, models[0], names[0])
     experts = range(1 if recipe.base else 0, len(models))
     besides = recipe.locations[len(names) :]
-    models += tuple(load_checkpoint(storage, location) for location in besides)
+    models += tuple(open_model(storage, location) for location in besides)
     names += besides
     steps = _steps(recipe, models, experts)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
+from streammerge.derived import DerivedEntry
+from streammerge.torch_dtypes import TORCH_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A run of one tensor's bytes. `last`: nobody is planned to read it again."""
+    """A run of one tensor's bytes. `last`: nobody is planned to read it again.
+
+    `offset` says nothing of a derived tensor, whose parts are read.
+    """
 
     model: int
     entry: TensorEntry
@@ -109,7 +114,7 @@ class ReadAhead:
 
     def release(self, request: Request) -> None:
         """Give back what reading a run took of memory and page cache, unless it is to be read again."""
-        if request.last:
+        if request.last and not isinstance(request.entry, DerivedEntry):
             self._files.of(request).release(request.offset, request.nbytes)
 
     def close(self) -> None:
@@ -148,12 +153,27 @@ class ReadAhead:
         return slot
 
     def _fetch(self, request: Request, buffer: Tensor) -> Tensor:
+        if isinstance(request.entry, DerivedEntry):
+            return self._derive(request, request.entry, buffer[: request.nbytes])
         file = self._files.of(request)
         own = bytes_of(buffer)
         view = file.fetch(request.offset, request.nbytes, own)
         if view.obj is own.obj:
             return buffer[: request.nbytes]
         return torch.frombuffer(view, dtype=torch.uint8)
+
+    def _derive(self, request: Request, entry: DerivedEntry, buffer: Tensor) -> Tensor:
+        parts: list[Request] = []
+
+        def read(part: TensorEntry, first_element: int, elements: int) -> Tensor:
+            parts.append(Request(request.model, part, first_element, elements, request.last))
+            data = self._fetch(parts[-1], torch.empty(parts[-1].nbytes, dtype=torch.uint8))
+            return data.view(TORCH_DTYPES[part.dtype])
+
+        entry.derivation.fill(entry, buffer.view(TORCH_DTYPES[entry.dtype]), request.first_element, read)
+        for part in parts:
+            self.release(part)
+        return buffer
 
     def _empty(self, slot: Slot) -> None:
         # by this thread, so that the one that computes is not kept
@@ -168,15 +188,15 @@ class _OpenFiles:
     def __init__(self, storage: Storage, models: Sequence[Checkpoint]) -> None:
         self._storage = storage
         self._models = models
-        self._open: dict[tuple[int, str], ByteFile] = {}
+        self._open: dict[tuple[str, str], ByteFile] = {}
         self._lock = threading.Lock()
 
     def of(self, request: Request) -> ByteFile:
-        key = (request.model, request.entry.file)
+        place = (request.entry.location or self._models[request.model].location, request.entry.file)
         with self._lock:
-            if key not in self._open:
-                self._open[key] = self._storage.open(self._models[request.model].location, request.entry.file)
-            return self._open[key]
+            if place not in self._open:
+                self._open[place] = self._storage.open(*place)
+            return self._open[place]
 
     def close(self) -> None:
         for file in self._open.values():

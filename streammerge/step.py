@@ -82,7 +82,7 @@ class Step:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs, each counted once however many passes there are."""
-        return sum(e.nbytes for e in self.experts) + (self.base.nbytes if self.base else 0)
+        return sum(e.stored_bytes for e in self.experts) + (self.base.stored_bytes if self.base else 0)
 
     @property
     def write_bytes(self) -> int:

@@ -22,12 +22,8 @@ from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step
-from streammerge.streamed_deltas import (
-    TORCH_DTYPES,
-    ElementDeltas,
-    MatrixDeltas,
-    StepReader,
-)
+from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader
+from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 from streammerge_kernels.apply import apply_
 from streammerge_kernels.matmul import fast_matmul

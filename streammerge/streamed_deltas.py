@@ -15,14 +15,9 @@ from streammerge.delta import Delta, Deltas, Found
 from streammerge.outcome import Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
 from streammerge.step import Step
+from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
-    "C64": torch.complex64,
-}  # fmt: skip
 # a multiple of PANEL_ELEMENTS: fewer than these cost calls, more cost cache
 PIECE_ELEMENTS = 1 << 17
 

@@ -38,7 +38,7 @@ from streammerge.report import parse_report
 from streammerge.rules import TensorClass, roles
 from streammerge.step import COPY, Step
 from streammerge.stream import Stream
-from streammerge.streamed_deltas import TORCH_DTYPES
+from streammerge.torch_dtypes import TORCH_DTYPES
 
 _BLOCK_BYTES = 8 << 20
 _ARITHMETIC = 1e-4

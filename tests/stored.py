@@ -17,7 +17,7 @@ from streammerge.device_stream import DeviceStream
 from streammerge.outcome import Outcome
 from streammerge.plan import Plan
 from streammerge.stream import Stream
-from streammerge.streamed_deltas import TORCH_DTYPES
+from streammerge.torch_dtypes import TORCH_DTYPES
 
 Event = tuple[str, str, int, int]
 

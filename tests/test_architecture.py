@@ -27,6 +27,7 @@ LAYERS = (
     "streamed_deltas",
     "outcome",
     "readahead",
+    "torch_dtypes",
     "folder",
     "inspection",
     "plan",
@@ -34,6 +35,7 @@ LAYERS = (
     "memory",
     "step",
     "layout",
+    "models",
     "recipe",
     "slices",
     "settings",
@@ -52,6 +54,7 @@ LAYERS = (
     "pools",
     "patterns",
     "budget",
+    "derived",
     "checkpoint",
     "errors",
 )

@@ -23,7 +23,7 @@ from streammerge.plan import Plan, make_plan
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 from streammerge.stream import Stream, thread_limit
-from streammerge.streamed_deltas import TORCH_DTYPES
+from streammerge.torch_dtypes import TORCH_DTYPES
 from tests import odd_methods
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 from tests.stored import (

@@ -429,7 +429,8 @@ def _method_text(method: methods.Method) -> str:
     data = f" · needs a {method.beside} of each expert" if method.beside else ""
     paper = f" · https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')}" if method.paper else ""
     cost = _example_cost(method)
-    passes = "once" if cost.passes == 1 else f"{cost.passes} times"
+    readings = cost.looks + cost.passes
+    passes = "once" if readings == 1 else f"{readings} times"
     beside = f", {format_bytes(cost.workspace_bytes)} beside them" if method.streams_by == "matrix" else ""
     return "\n".join(
         [

@@ -111,12 +111,13 @@ class DeviceStream:
 
     def __iter__(self) -> Iterator[Block]:
         window: deque[_Task] = deque()
-        for number, steps in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
-            for _, step in steps:
+        for number, looks in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
+            steps = [step for _, step in looks]
+            for step in steps:
                 with naming(step):
                     self._look_at_model(number, step)
-            for look in self._looks.values():
-                look.finish(number)
+            for method in {step.method for step in steps}:
+                self._looks[method].finish(number)
         for step in self._schedule.steps:
             reader = self._reader(step, self._schedule.sources(step))
             if step.method == COPY:
@@ -238,8 +239,8 @@ class DeviceStream:
 
     def _merge_matrix(self, task: _Task, out: Tensor, squares: list[list[float]]) -> list[list[Applied]]:
         step = task.shared.step
-        moving: Any = self._stacked(task.runs[1:]) if not task.pieces else lambda number: self._again(task, number)
-        deltas = self._deltas(task, task.runs[0], moving, 0)
+        deltas = self._matrix(task)
+        deltas.seen = self._looks.get(step.method) if step.looks_at_model else None
         merged = self._merged(task, deltas)
         stored = merged.mT if step.role.transposed else merged
         rows = self._schedule.block_elements(step) // step.shape[1]
@@ -293,16 +294,26 @@ class DeviceStream:
         return look
 
     def _look_at_model(self, number: int, step: Step) -> None:
-        """Look at one step's blocks, one at a time: no results leave, and the next look waits for this one anyway."""
+        """Look at one step's blocks, one at a time: no results leave, and the next look waits for this one anyway.
+
+        Raises MergeError where the device runs out of memory: a look that has seen a part cannot be tried again.
+        """
         reader = self._reader(step, self._schedule.look_sources(step))
         shared = _Shared(step, reader)
         for task in self._tasks(shared):
-            self._stage(task)
-            task.staged.synchronize()
-            deltas = self._piece(task, 0, task.elements)
-            if step.method not in self._looks:
-                self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
-            self._looks[step.method].look(number, deltas)
+            try:
+                self._stage(task)
+                task.staged.synchronize()
+                deltas = self._matrix(task) if step.by_matrix else self._piece(task, 0, task.elements)
+                if step.method not in self._looks:
+                    self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
+                self._looks[step.method].look(number, deltas)
+            except torch.OutOfMemoryError as error:
+                raise self._does_not_fit(step) from error
+            # what was looked at makes room for the next
+            self._library.synchronize(self._device)
+            del deltas
+            task.runs.clear()
 
     def _merge_piece(
         self, task: _Task, out: Tensor, start: int, end: int, squares: list[list[float]], look: methods.Look | None
@@ -326,6 +337,12 @@ class DeviceStream:
         deltas.refuse_non_finite(self._plan.names, task.first + start)
         return deltas
 
+    def _matrix(self, task: _Task) -> DeviceDeltas:
+        moving: Any = self._stacked(task.runs[1:]) if not task.pieces else lambda number: self._again(task, number)
+        deltas = self._deltas(task, task.runs[0], moving, 0)
+        deltas.refuse_non_finite(self._plan.names, 0)
+        return deltas
+
     def _deltas(self, task: _Task, origin: Tensor, moving: Any, first: int) -> DeviceDeltas:
         step = task.shared.step
         beside = task.shared.reader.beside(first, None if step.by_matrix else origin.numel())
@@ -333,8 +350,6 @@ class DeviceStream:
 
     def _merged(self, task: _Task, deltas: DeviceDeltas) -> Tensor:
         step = task.shared.step
-        if step.by_matrix:
-            deltas.refuse_non_finite(self._plan.names, 0)
         merged = methods.describe(step.method).load()(deltas, **step.arguments)
         assert merged.shape == deltas.shape, f"{step.method} returned {tuple(merged.shape)} for {deltas.shape}"
         task.facts.update(deltas.facts)
@@ -397,9 +412,13 @@ class DeviceStream:
             )  # fmt: skip
             if self._workers.submit(self._attempt, task).result():
                 return
-        raise MergeError(
+        raise self._does_not_fit(step)
+
+    def _does_not_fit(self, step: Step) -> MergeError:
+        nbytes = step_device_bytes(step, self._plan.memory.slot_bytes)
+        return MergeError(
             f"{quoted(step.name)} does not fit on {self._plan.device}: {step.method} was planned to take "
-            f"{format_bytes(task.device_bytes)} there",
+            f"{format_bytes(nbytes)} there",
             hint="Another program may have taken memory there. Pass a smaller `--device-memory`, or `--device cpu`.",
         )
 

@@ -269,6 +269,7 @@ def _member(step: Step, pool: str, members: Sequence[Step]) -> Step:
         step,
         pool=pool,
         passes=cost.passes,
+        looks=cost.looks,
         flops=cost.flops if step is members[0] else 0,
         workspace_bytes=cost.workspace_bytes + kept,
         device_bytes=device_bytes + others,
@@ -302,6 +303,7 @@ def _step(
         shape = reference.elements // reference.shape[-1], reference.shape[-1]
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
     cost = method.cost(shape, len(entries), arguments, 8 if max(widest, DTYPE_BYTES[dtype]) == 8 else 4)
+    assert not by_matrix or not cost.looks or cost.look_scope == "model", f"{method.name} looks at one matrix"
     beside = _beside(method, models, experts, name, shape if by_matrix else None, reference)
     # one of them is in memory at a time
     read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) if by_matrix else 0
@@ -316,13 +318,14 @@ def _step(
         dtype=dtype,
         by_matrix=by_matrix,
         passes=cost.passes,
+        looks=cost.looks,
         flops=cost.flops,
         workspace_bytes=cost.workspace_bytes + read_beside,
         device_bytes=(cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes) + read_beside,
         by_row=by_row,
         block_buffers=cost.block_buffers,
         passes_non_finite=passes_non_finite,
-        looks_at_model=not by_matrix and cost.passes > 1 and cost.look_scope == "model",
+        looks_at_model=cost.looks > 0 and cost.look_scope == "model",
         beside=beside,
     )
 

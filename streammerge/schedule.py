@@ -24,11 +24,11 @@ class Schedule:
     def __init__(self, plan: Plan, skip: Container[str], *, resident: bool = False) -> None:
         self._memory, self._resident = plan.memory, resident
         pools = groupby(plan.steps, key=lambda step: step.pool or step.name)
-        units = [tuple(parts) for _, parts in pools]
+        units = [stacked(tuple(parts)) for _, parts in pools]
         # a pool of which one matrix is missing is merged as a whole
-        self.steps = [stacked(parts) for parts in units if any(part.name not in skip for part in parts)]
+        self.steps = [unit for unit in units if any(part.name not in skip for part in unit.parts or (unit,))]
         looking = {step.method for step in self.steps if step.looks_at_model}
-        seen = [step for step in plan.steps if step.looks_at_model and step.method in looking]
+        seen = [unit for unit in units if unit.looks_at_model and unit.method in looking]
         most = max((step.looks for step in seen), default=0)
         self.looks = [(number, step) for number in range(most) for step in seen if number < step.looks]
 
@@ -40,8 +40,8 @@ class Schedule:
 
     def sources(self, step: Step) -> Sources:
         """What is read to merge a step."""
-        once = step.looks_at_model or self.is_held(step)
-        return Sources(step, resident=self._resident, passes=1 if once else None)
+        looks = 0 if step.looks_at_model or self.is_held(step) else step.looks
+        return Sources(step, resident=self._resident, passes=looks + step.passes)
 
     def look_sources(self, step: Step) -> Sources:
         """What is read for one look at a step that looks at the model."""

@@ -22,9 +22,10 @@ class Step:
     models     which of the plan's models `base` (if any) and then `experts` lie in
     dtype      the output's
     arguments  the method function's keyword arguments
-    passes     how often a matrix reads its experts; of other steps the last one merges, the others look
+    passes     how often the merge reads the experts: more than once for matrices only
+    looks      passes before the merge, for what the method must know first
     by_row     blocks are whole rows of the last dimension
-    looks_at_model  its looks see all such steps before the first is merged
+    looks_at_model  its looks see all such steps before the first is merged, as those of matrices do
     block_buffers  how many buffers of a block's size a step by element or row holds
     beside     for each expert what lies beside its weights, and in which of the plan's models
     pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
@@ -46,6 +47,7 @@ class Step:
     flops: int
     workspace_bytes: int
     device_bytes: int = 0
+    looks: int = 0
     by_row: bool = False
     looks_at_model: bool = False
     block_buffers: int = BLOCK_BUFFERS
@@ -68,11 +70,6 @@ class Step:
     def columns(self) -> int:
         """Length of the last dimension."""
         return self.shape[-1] if self.shape else 1
-
-    @property
-    def looks(self) -> int:
-        """Passes that a step by element or row takes before it merges."""
-        return 0 if self.by_matrix else self.passes - 1
 
     @property
     def element_by_element(self) -> bool:

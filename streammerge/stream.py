@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streammerge import methods
 from streammerge.checkpoint import Storage
+from streammerge.delta import Deltas
 from streammerge.outcome import Block, Norms, Tally, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
@@ -76,12 +77,13 @@ class Stream:
         self.ahead.close()
 
     def __iter__(self) -> Iterator[Block]:
-        for number, steps in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
-            for _, step in steps:
+        for number, looks in itertools.groupby(self._schedule.looks, key=lambda look: look[0]):
+            steps = [step for _, step in looks]
+            for step in steps:
                 with naming(step):
                     self._look_at_model(number, step)
-            for look in self._looks.values():
-                look.finish(number)
+            for method in {step.method for step in steps}:
+                self._looks[method].finish(number)
         for step in self._schedule.steps:
             with naming(step):
                 yield from self._run(step)
@@ -143,12 +145,21 @@ class Stream:
     def _look_at_model(self, number: int, step: Step) -> None:
         block = self._schedule.block_elements(step)
         reader = StepReader(self.ahead, self._schedule.look_sources(step), block)
-        runs = _Runs(reader, step, block, held=False)
         torch.set_num_threads(_threads_for(step))
-        for deltas in self._blocks(step, reader, runs, 0, Norms(len(step.experts))):
+        for deltas in self._model_blocks(step, reader, block):
             if step.method not in self._looks:
                 self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
             self._looks[step.method].look(number, deltas)
+        reader.finish()
+        self.workspace.reset()
+
+    def _model_blocks(self, step: Step, reader: StepReader, block: int) -> Iterator[Deltas]:
+        """What a look at the model sees of one step: its blocks, or the matrix."""
+        norms = [Norms(len(step.experts)) for _ in step.parts or (step,)]
+        if step.by_matrix:
+            yield self._matrix(step, reader, block, norms)
+        else:
+            yield from self._blocks(step, reader, _Runs(reader, step, block, held=False), 0, norms[0])
 
     def _blocks(
         self, step: Step, reader: StepReader, runs: _Runs, number: int, norms: Norms
@@ -163,10 +174,8 @@ class Stream:
 
     def _by_matrix(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         function = methods.describe(step.method).load()
-        deltas = MatrixDeltas(
-            step, self._plan.names, reader, self._schedule.sources(step).blocks(block), self.workspace,
-            [tally.norms for tally in tallies.values()], seed=self._plan.recipe.seed, beside=reader.beside(0),
-        )  # fmt: skip
+        deltas = self._matrix(step, reader, block, [tally.norms for tally in tallies.values()])
+        deltas.seen = self._looks.get(step.method) if step.looks_at_model else None
         merged = function(deltas, **step.arguments)
         stored = merged.T if step.role.transposed else merged
         rows = block // step.shape[1]
@@ -180,6 +189,12 @@ class Stream:
                 # contiguous already, unless the matrix is seen transposed
                 yield self._emit(part, first * step.shape[1], base, stored[place].contiguous(), tally)
             top += part.shape[0]
+
+    def _matrix(self, step: Step, reader: StepReader, block: int, norms: Sequence[Norms]) -> MatrixDeltas:
+        return MatrixDeltas(
+            step, self._plan.names, reader, self._schedule.sources(step).blocks(block), self.workspace, norms,
+            seed=self._plan.recipe.seed, beside=reader.beside(0),
+        )  # fmt: skip
 
     def _emit(
         self,

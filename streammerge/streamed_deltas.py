@@ -46,10 +46,11 @@ class Sources:
     def requests(self, block_elements: int) -> Iterator[Request]:
         """Every run the step is planned to read, in the order it will take them."""
         if self.step.by_matrix:
-            yield from self._cut(0, block_elements, last=True)
+            yield from self._cut(0, block_elements, last=not self._again)
             for number in range(self.passes):
+                last = number == self.passes - 1 and not self._again
                 for source in range(1, 1 + len(self.moving)):
-                    yield from self._cut(source, block_elements, last=number == self.passes - 1)
+                    yield from self._cut(source, block_elements, last=last)
             return
         for number in range(self.passes):
             last = number == self.passes - 1 and not self._again
@@ -256,7 +257,7 @@ class _PieceDelta(Delta):
 class MatrixDeltas(Deltas):
     """A whole matrix [out, in]: W_0 is kept as stored, each expert's delta is formed on demand.
 
-    A matrix stored [in, out] is seen transposed. The first `step.passes` iterations were read ahead;
+    A matrix stored [in, out] is seen transposed. As many iterations as `reader` has passes were read ahead;
     further ones are read when asked for. `norms` are those of the step's parts, if it has any.
     """
 

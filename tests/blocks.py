@@ -25,6 +25,7 @@ def described(rule: Rule) -> Method:
 
 def merged_by_blocks(
     rule: Rule,
+    /,
     base: Tensor | None,
     experts: Sequence[Tensor],
     block_elements: int,
@@ -58,6 +59,7 @@ def merged_by_blocks(
 
 def model_merged_by_blocks(
     rule: Rule,
+    /,
     base: Mapping[str, Tensor] | None,
     experts: Sequence[Mapping[str, Tensor]],
     block_elements: int,
@@ -79,10 +81,10 @@ def model_merged_by_blocks(
 
     names = list(experts[0])
     price = {name: method.cost(*_priced(blocks(name)[0], method, arguments)) for name in names}
-    of_model = any(cost.look_scope == "model" and cost.passes > 1 for cost in price.values())
+    of_model = any(cost.look_scope == "model" and cost.looks for cost in price.values())
     seen = {}
     for together in [names] if of_model else [[name] for name in names]:
-        look = _looked(method, [blocks(name) for name in together], price[together[0]].passes - 1, arguments)
+        look = _looked(method, [blocks(name) for name in together], price[together[0]].looks, arguments)
         seen |= dict.fromkeys(together, look)
     merged = {}
     for name in reversed(names) if backwards else names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,21 +12,25 @@ from streammerge.delta import Deltas
 from streammerge.methods import merge_method
 from streammerge.solve.cost import Cost
 
-NAMES = ("looks_twice", "looks_at_model", "by_rows", "adds_beside")
+NAMES = ("looks_twice", "looks_at_model", "looks_at_matrices", "by_rows", "adds_beside")
 
 
 def three_passes(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
-    return Cost(workspace_bytes=0, flops=0, passes=3)
+    return Cost(workspace_bytes=0, flops=0, passes=1, looks=2)
 
 
 def model_passes(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
-    return Cost(workspace_bytes=0, flops=0, passes=3, look_scope="model")
+    return Cost(workspace_bytes=0, flops=0, passes=1, looks=2, look_scope="model")
+
+
+def matrix_passes(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
+    return Cost(workspace_bytes=3 * shape[0] * shape[1] * itemsize, flops=0, passes=1, looks=2, look_scope="model")
 
 
 class Counts:
     """Pass 0 counts the entries that grew, pass 1 those that grew by less than the share pass 0 found."""
 
-    def __init__(self, deltas: Deltas, *, scale: float) -> None:
+    def __init__(self, deltas: Deltas, *, scale: float, pool: str = "none") -> None:
         self.scale = scale
         self.events: list[tuple[int, str, int]] = []
         self.elements = self.grown = self.small = 0
@@ -58,6 +62,15 @@ def looks_twice(deltas: Deltas, *, scale: float = 0.002) -> Tensor:
               look="tests.looking_methods:Counts")  # fmt: skip
 def looks_at_model(deltas: Deltas, *, scale: float = 0.002) -> Tensor:
     """Sum the changes, times what the look counted in all tensors."""
+    seen = deltas.seen
+    deltas.note(elements=seen.elements, small=seen.small)
+    return deltas.weighted_sum([seen.small / seen.elements] * deltas.experts)
+
+
+@merge_method(needs_base=True, streams_by="matrix", cost="tests.looking_methods:matrix_passes",
+              look="tests.looking_methods:Counts")  # fmt: skip
+def looks_at_matrices(deltas: Deltas, *, scale: float = 0.002, pool: Literal["none", "inputs"] = "none") -> Tensor:
+    """Sum the changes, times what the look counted in all matrices."""
     seen = deltas.seen
     deltas.note(elements=seen.elements, small=seen.small)
     return deltas.weighted_sum([seen.small / seen.elements] * deltas.experts)

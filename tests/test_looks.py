@@ -9,7 +9,7 @@ import torch
 
 from streammerge import memory, methods
 from streammerge.device_stream import DeviceStream
-from streammerge.errors import PlanError, RecipeError
+from streammerge.errors import MergeError, PlanError, RecipeError
 from streammerge.methods import describe
 from streammerge.plan import make_plan
 from streammerge.recipe import Recipe
@@ -53,15 +53,10 @@ def merged(plan, storage, skip=()):
     return data, outcomes
 
 
-def counted(name=None):
-    """What the counts must be, over one tensor or over all."""
+def counted(names):
+    """What the counts must be, over these tensors."""
     models = family_tensors()
-    changes = [
-        (expert[n].float() - models[0][n].float())
-        for n in models[0]
-        if models[0][n].is_floating_point() and name in (None, n)
-        for expert in models[1:]
-    ]
+    changes = [expert[n].float() - models[0][n].float() for n in names for expert in models[1:]]
     grown, elements = sum(int((c > 0).sum()) for c in changes), sum(c.numel() for c in changes)
     small = sum(int(((c > 0) & (c < 0.002 * grown / elements)).sum()) for c in changes)
     return elements, small
@@ -72,23 +67,44 @@ def family_tensors():
     return [base, *(tuned(base, i + 1) for i in range(EXPERTS))]
 
 
-@pytest.mark.parametrize("device", [False, True], ids=["cpu", "device"])
-@pytest.mark.parametrize("method", ["looks_twice", "looks_at_model"])
-def test_a_look_sees_every_element_once_a_pass(method, device):
+POOLED = {"parameters": {"pool": "inputs"}}
+at_model = pytest.mark.parametrize(
+    ("method", "more"),
+    [("looks_at_model", {}), ("looks_at_matrices", {}), ("looks_at_matrices", POOLED)],
+    ids=["elements", "matrices", "pooled"],
+)
+on_either = pytest.mark.parametrize("device", [False, True], ids=["cpu", "device"])
+
+
+@on_either
+def test_a_look_sees_every_element_once_a_pass(device):
     storage = family()
-    _, outcomes = merged(planned(storage, method, slot_bytes=256, device=device), storage)
+    _, outcomes = merged(planned(storage, "looks_twice", slot_bytes=256, device=device), storage)
     for name, outcome in outcomes.items():
         if outcome.method != "copy":
-            facts = outcome.facts["elements"], outcome.facts["small"]
-            assert facts == counted(None if method == "looks_at_model" else name)
+            assert (outcome.facts["elements"], outcome.facts["small"]) == counted([name])
 
 
-@pytest.mark.parametrize("method", ["looks_twice", "looks_at_model", "by_rows"])
-def test_the_bytes_depend_neither_on_slots_nor_on_what_is_held_nor_on_the_engine(method):
+@on_either
+@at_model
+def test_a_look_at_the_model_sees_every_element_of_its_tensors_once_a_pass(method, more, device):
+    storage = family()
+    _, outcomes = merged(planned(storage, method, slot_bytes=256, device=device, **more), storage)
+    looking = {name: outcome.facts for name, outcome in outcomes.items() if outcome.method == method}
+    assert len(looking) == (19 if method == "looks_at_model" else 14)
+    assert {(facts["elements"], facts["small"]) for facts in looking.values()} == {counted(looking)}
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("looks_twice", {}), ("looks_at_model", {}), ("looks_at_matrices", {}), ("looks_at_matrices", POOLED),
+     ("by_rows", {})],
+)  # fmt: skip
+def test_the_bytes_depend_neither_on_slots_nor_on_what_is_held_nor_on_the_engine(method, more):
     storage = family()
     ways = [{"slot_bytes": size, "device": device} for size in (128, 512, 4 << 20) for device in (False, True)]
     ways += [{"slot_bytes": 128, "input_slots": slots} for slots in (8, 16, 64)]
-    first, *others = (merged(planned(storage, method, **way), storage)[0] for way in ways)
+    first, *others = (merged(planned(storage, method, **way, **more), storage)[0] for way in ways)
     assert all(other == first for other in others)
 
 
@@ -106,18 +122,76 @@ def test_a_look_reads_again_only_what_the_slots_cannot_hold(input_slots):
     assert len(storage.noted("release")) == len(set(fetched))
 
 
-def test_a_look_at_the_model_also_sees_what_an_earlier_run_finished():
+@on_either
+@at_model
+def test_a_look_at_the_model_reads_its_tensors_once_a_pass(method, more, device):
     storage = family()
-    plan = planned(storage, "looks_at_model", slot_bytes=256)
+    plan = planned(storage, method, slot_bytes=256, device=device, **more)
+    merged(plan, storage)
+    fetched = storage.noted("fetch")
+    looks = 2 * sum(step.read_bytes for step in plan.steps if step.looks_at_model)
+    assert sum(nbytes for *_, nbytes in fetched) == plan.read_bytes + looks
+    # what is read again later stays in the page cache until then; a device's last copy may be on its way at the end
+    released = storage.noted("release")
+    assert len(set(fetched)) - device <= len(released) == len(set(released))
+
+
+@on_either
+@at_model
+def test_a_look_at_the_model_also_sees_what_an_earlier_run_finished(method, more, device):
+    storage = family()
+    plan = planned(storage, method, slot_bytes=256, device=device, **more)
     whole, _ = merged(plan, storage)
-    done = set(list(whole)[:5])
-    rest, _ = merged(plan, storage, skip=done)
-    assert rest == {name: data for name, data in whole.items() if name not in done}
+    for count in (1, 5, len(whole) - 1):
+        done = set(list(whole)[:count])
+        rest, _ = merged(plan, storage, skip=done)
+        assert rest == {name: data for name, data in whole.items() if name not in done}
 
 
-def test_nothing_is_looked_at_when_all_that_looks_is_finished():
+@on_either
+@at_model
+def test_each_look_at_the_model_ends_after_its_own_passes(method, more, device):
     storage = family()
-    plan = planned(storage, "looks_at_model", slot_bytes=256)
+    # TIES takes a third look
+    rules = [{"match": "down_proj", "merge_method": "ties", "parameters": {"density": 0.5, "trim": "model"}}]
+    plan = planned(storage, method, device=device, rules=rules, **more)
+    stream = (DeviceStream if device else Stream)(plan, storage)
+    streamed(stream)
+    assert set(stream._looks) == {method, "ties"}
+    assert [number for number, name, _ in stream._looks[method].events if not name] == [0, 1]
+
+
+@on_either
+@at_model
+def test_what_is_not_finite_is_refused_by_a_look_before_anything_is_merged(method, more, device):
+    broken = tuned(llama_tensors(), 2)
+    broken["model.layers.1.mlp.down_proj.weight"][3, 7] = torch.inf
+    storage = family(expert1=broken)
+    handed = []
+    stream = (DeviceStream if device else Stream)(planned(storage, method, device=device, **more), storage)
+    with stream, pytest.raises(MergeError, match=r"`model\.layers\.1\.mlp\.down_proj\.weight`.*`expert1`"):
+        handed.extend(stream)
+    assert not handed
+
+
+@at_model
+def test_a_look_that_does_not_fit_the_device_is_told_before_anything_is_merged(method, more, monkeypatch):
+    def look(self, number, deltas):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(looking_methods.Counts, "look", look)
+    storage = family()
+    stream = DeviceStream(planned(storage, method, device=True, **more), storage)
+    told = pytest.raises(MergeError, match=rf"does not fit on cpu: {method} was planned to take")
+    with stream, told as caught:
+        next(iter(stream))
+    assert "--device-memory" in caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["looks_at_model", "looks_at_matrices"])
+def test_nothing_is_looked_at_when_all_that_looks_is_finished(method):
+    storage = family()
+    plan = planned(storage, method, slot_bytes=256)
     done = {step.name for step in plan.steps if step.looks_at_model}
     merged(plan, storage, skip=done)
     assert sum(nbytes for *_, nbytes in storage.noted("fetch")) == sum(
@@ -131,7 +205,7 @@ def test_in_memory_a_method_looks_too():
     base, *experts = (model["lm_head.weight"] for model in family_tensors())
     deltas = TensorDeltas(base, experts)
     describe("looks_twice").merge(deltas, scale=0.002)
-    assert (deltas.facts["elements"], deltas.facts["small"]) == counted("lm_head.weight")
+    assert (deltas.facts["elements"], deltas.facts["small"]) == counted(["lm_head.weight"])
     assert deltas.seen.events[-1] == (1, "", -1)
 
 

@@ -86,7 +86,7 @@ def merge_method(
                  "matrix": the method needs a whole [out, in] matrix and applies to linear weights
     paper        "arXiv:…" of the method
     cost         "module:function" that prices one tensor without torch (see `solve/cost.py`)
-    look         "module:Class" of what a method by element or row must know of the whole tensor first (see `Look`)
+    look         "module:Class" of what a method must know of the whole tensor or model first (see `Look`)
     beside       what each expert must bring beside its weights: a folder that the recipe names
 
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
@@ -103,8 +103,9 @@ def merge_method(
 class Look(Protocol):
     """What a method knows of a whole tensor before its first block is merged; the method finds it in `deltas.seen`.
 
-    Made of the first block's deltas and the method's arguments. As many passes are made as the price says less one,
-    each over all blocks in order. What is seen must not depend on how the tensor was cut.
+    Made of the first block's deltas and the method's arguments. As many passes are made as the price says, each over
+    all blocks in order. What is seen must not depend on how the tensor was cut. A method by matrix looks at the whole
+    model, where matrices are its blocks.
     """
 
     def look(self, number: int, deltas: Deltas) -> None:
@@ -157,7 +158,7 @@ class Method:
         return "\n\n".join(kept)
 
     def cost(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
-        """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts."""
+        """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts and looks before."""
         module, _, function = self.cost_path.partition(":")
         priced: Cost = getattr(importlib.import_module(module), function)(shape, experts, parameters, itemsize)
         return priced
@@ -175,15 +176,15 @@ class Method:
         return look
 
     def merge(self, deltas: Deltas, **arguments: Any) -> Tensor:
-        """Merge a whole tensor as one block: its looks, then the function."""
+        """Merge a whole tensor as one block, and as the whole model: its looks, then the function."""
         columns = deltas.shape[-1] if deltas.shape else 1
         rows = math.prod(deltas.shape[:-1])
-        passes = self.cost((rows, columns), deltas.experts, arguments, deltas.dtype.itemsize).passes
-        if self.look_path and passes > 1:
-            deltas.seen = self.look(deltas, arguments)
-            for number in range(passes - 1):
-                deltas.seen.look(number, deltas)
-                deltas.seen.finish(number)
+        looks = self.cost((rows, columns), deltas.experts, arguments, deltas.dtype.itemsize).looks
+        # a method that wraps this one may have left its own there
+        deltas.seen = self.look(deltas, arguments) if looks else None
+        for number in range(looks):
+            deltas.seen.look(number, deltas)
+            deltas.seen.finish(number)
         return self.load()(deltas, **arguments)
 
 

@@ -32,16 +32,19 @@ _DEVICE_SEARCHED = 1 << 25
 class Cost:
     """Price of one step: workspace beyond the tensors being read, arithmetic, passes over the experts.
 
-    passes        of an element-wise method: one, and those that its look at the whole tensor takes
+    passes        that the merge takes: more than one for methods by matrix only
+    looks         that the method's look takes before
     device_bytes  the same workspace on an accelerator, what its libraries take included; None where the
                   method does there what it does on the CPU
     block_buffers how many buffers of a block's size a method by element or row holds at once
-    look_scope    whether a look sees one tensor, or all tensors of the model before the first is merged
+    look_scope    whether a look sees one tensor, or all tensors of the model before the first is merged, as it
+                  does for methods by matrix
     """
 
     workspace_bytes: int
     flops: int
     passes: int
+    looks: int = 0
     device_bytes: int | None = None
     look_scope: Literal["tensor", "model"] = "tensor"
     block_buffers: int = BLOCK_BUFFERS

@@ -57,6 +57,7 @@ def _looks(shape: tuple[int, int], experts: int, looks: int, flops: int) -> Cost
     return Cost(
         workspace_bytes=0,
         flops=(flops + 2 * experts) * elements,
-        passes=1 + looks,
+        passes=1,
+        looks=looks,
         block_buffers=max(BLOCK_BUFFERS, experts + 4),
     )

@@ -95,7 +95,8 @@ def _elementwise(shape: tuple[int, int], experts: int, looks: int, *, scope: str
     return Cost(
         workspace_bytes=0,
         flops=(4 + 2 * looks) * experts * rows * columns,
-        passes=1 + looks,
+        passes=1,
+        looks=looks,
         block_buffers=max(BLOCK_BUFFERS, experts + 4),
         look_scope="model" if scope == "model" else "tensor",
     )

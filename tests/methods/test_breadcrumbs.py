@@ -159,9 +159,9 @@ def test_shares_are_checked_before_anything_is_read():
         cost((4, 4), 2, {"gamma": -1.0}, 4)
     with pytest.raises(MergeError, match="`density` is 2, expected"):
         cost((4, 4), 2, {"density": [2.0, 0.5]}, 4)
-    assert (cost((4, 4), 2, {}, 4).passes, cost((4, 4), 2, {"density": 0.5}, 4).passes) == (1, 4)
-    assert cost((4, 4), 2, {"rescale": True}, 4).passes == 1
-    assert cost((4, 4), 2, {"density": [1.0, 0.5], "rescale": True}, 4).passes == 5
+    assert (cost((4, 4), 2, {}, 4).looks, cost((4, 4), 2, {"density": 0.5}, 4).looks) == (0, 3)
+    assert cost((4, 4), 2, {"rescale": True}, 4).looks == 0
+    assert cost((4, 4), 2, {"density": [1.0, 0.5], "rescale": True}, 4).looks == 4
 
 
 def test_weights_that_cancel_cannot_be_normalized():

@@ -153,14 +153,14 @@ def test_one_entry_is_kept_whole_or_dropped(rule, shape):
 
 def test_only_a_norm_takes_another_reading():
     cost = described(dare_linear).cost
-    passes = [
-        cost((4, 4), 2, parameters, 4).passes
+    looks = [
+        cost((4, 4), 2, parameters, 4).looks
         for parameters in (
             {"density": 0.5}, {}, {"density": [1.0, 0.5]}, {"density": 0.5, "rescale": False},
             {"density": 0.5, "rescale_by": "probability"},
         )
     ]  # fmt: skip
-    assert passes == [2, 1, 2, 1, 1]
+    assert looks == [1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("rule", BOTH)

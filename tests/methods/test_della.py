@@ -146,8 +146,8 @@ def test_mistakes_are_told(rule):
         price.cost((4, 4), 2, {"density": 0.5, "epsilon": -1.0}, 4)
     with pytest.raises(AssertionError, match="takes a look"):
         rule(TensorDeltas(torch.zeros(3, 3), [torch.ones(3, 3)]), density=0.5)
-    passes = [
-        price.cost((4, 4), 2, parameters, 4).passes
+    looks = [
+        price.cost((4, 4), 2, parameters, 4).looks
         for parameters in ({}, {"density": 0.5}, {"density": 0.5, "rescale_by": "probability"})
     ]
-    assert passes == [1, 2, 1]
+    assert looks == [0, 1, 0]

@@ -38,7 +38,8 @@ class Inner:
         if self.method.streams_by == "matrix":
             return price
         block = price.block_buffers * shape[0] * shape[1] * itemsize
-        return replace(price, workspace_bytes=block + price.workspace_bytes)
+        # its looks read the matrix again, while that is merged
+        return replace(price, workspace_bytes=block + price.workspace_bytes, passes=price.looks + price.passes, looks=0)
 
 
 def inner(wrapper: str, rule: str, settings: Mapping[str, Any] | None) -> Inner:
@@ -103,13 +104,16 @@ def _inner_of(wrapper: str, parameters: Mapping[str, Any]) -> Inner:
 
 
 def _together(own: Cost, within: Cost, passes: int) -> Cost:
-    device = within.workspace_bytes if within.device_bytes is None else within.device_bytes
     return Cost(
         workspace_bytes=own.workspace_bytes + within.workspace_bytes,
         flops=own.flops + within.flops,
         passes=passes,
-        device_bytes=(own.device_bytes or 0) + device,
+        device_bytes=_device_bytes(own) + _device_bytes(within),
     )
+
+
+def _device_bytes(price: Cost) -> int:
+    return price.workspace_bytes if price.device_bytes is None else price.device_bytes
 
 
 def knots_cost(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:

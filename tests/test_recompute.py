@@ -80,9 +80,11 @@ def test_a_sample_leaves_its_pools_other_members_out_of_the_answer_only(relative
         assert len(same_in_float64(tmp_path / "out", count).recomputed) == min(count, 20)
 
 
-def test_a_look_at_the_model_sees_all_of_it_for_a_sample_too(relatives, tmp_path):
-    parameters = {"density": 0.3, "trim": "model"}
-    streammerge.merge(recipe_of(relatives, "ties", parameters=parameters), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("ties", {"density": 0.3, "trim": "model"}), ("larv", {"rule": "actmat"})]
+)
+def test_a_look_at_the_model_sees_all_of_it_for_a_sample_too(relatives, tmp_path, method, parameters):
+    streammerge.merge(recipe_of(relatives, method, parameters=parameters), tmp_path / "out")
     assert len(same_in_float64(tmp_path / "out", 2).recomputed) == 2
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from streammerge.delta import Deltas, Settings
 from streammerge.methods import merge_method
 from streammerge.methods.inner import inner
-from streammerge.solve.buffers import Buffers
 from streammerge.solve.inner_deltas import ScaledDeltas
-from streammerge.solve.polar import gram
+from streammerge.solve.larv import LarvLook
 
 
 @merge_method(
@@ -20,14 +16,15 @@ from streammerge.solve.polar import gram
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.methods.inner:larv_cost",
+    look="streammerge.solve.larv:LarvLook",
 )
 def larv(
     deltas: Deltas,
     *,
     rule: str = "ties",
     rule_parameters: Settings = None,
-    contrast: float = 1.0,
-    conflict: float = 0.75,
+    contrast: float = 0.0,
+    conflict: float = 0.0,
     low: float = 0.9,
     high: float = 1.1,
 ) -> Tensor:
@@ -35,50 +32,35 @@ def larv(
 
     rule             the method that merges: any that needs no data beside the experts
     rule_parameters  that method's parameters, as a mapping
-    contrast         effective-rank contrast above which a change counts as structured
-    conflict         conflict above which a change counts as disturbing, in [0, 1]
+    contrast         effective-rank contrast above which a change counts as structured, in standard deviations
+    conflict         conflict above which a change counts as disturbing, in standard deviations
     low              scale of a matrix whose change disturbs and is not structured
     high             scale of a matrix whose change is structured and does not disturb
 
     D_t becomes s·D_t for all experts before the rule. With D = Σ D_t and the effective rank
     r(X) = exp(entropy of σ²/Σσ²), the contrast is e = r(W_0)/r(D), and the conflict c = ‖X - Xᵀ‖/2‖X‖ for
     X = W_0ᵀD or W_0Dᵀ, whichever is smaller: 0 where the change only stretches what the base does, about
-    0.71 for an unrelated one, 1 where it only turns it. s is `high`, 1 or `low`.
+    0.71 for an unrelated one, 1 where it only turns it. As in the paper both are standardised before any matrix
+    is merged: z = (e - mean)/deviation, likewise for c, by the mean and the population standard deviation over
+    all matrices that this method merges; 0 where all are alike. s is `high` where z_e > `contrast` and
+    z_c ≤ `conflict`, `low` where it is the other way round for both, else 1.
+    A matrix whose base or change is zero has neither e nor c; it stays as it is and does not count.
     The paper publishes e, that c comes of a commutator, and that two or three tiers do best. Its formula
-    of c, its tiers' values and their thresholds we could not find: those here are our choice, and so is
-    that each matrix is judged by itself, where the paper first standardises e and c over all layers.
+    of c, its tiers' values and their thresholds we could not find: those here are our choice.
 
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a rule or a parameter
     that does not exist, and for rules that need data beside the experts or look at the whole model.
     """
     within = inner("larv", rule, rule_parameters)
-    richness, against = _diagnostics(deltas)
-    structured, disturbing = richness > contrast, against > conflict
-    scale = 1.0 if structured == disturbing else high if structured else low
-    deltas.note(contrast=richness, conflict=against, scale=scale)
+    assert deltas.seen is not None, "scaling takes a look: `Method.merge` sees to it"
+    look: LarvLook = deltas.seen
+    scale, found = 1.0, look.of(deltas.name)
+    if found is not None:
+        own, standing = found
+        structured, disturbing = standing.contrast > contrast, standing.conflict > conflict
+        scale = 1.0 if structured == disturbing else high if structured else low
+        deltas.note(
+            contrast=own.contrast, contrast_z=standing.contrast, conflict=own.conflict, conflict_z=standing.conflict
+        )
+    deltas.note(scale=scale)
     return within.merge(deltas if scale == 1.0 else ScaledDeltas(deltas, scale))
-
-
-def _diagnostics(deltas: Deltas) -> tuple[float, float]:
-    """Effective-rank contrast and conflict; 1 and 0 where the base or the change is zero."""
-    rows, columns = deltas.shape
-    buffers = Buffers(deltas, torch.float64)
-    total = buffers.take("total", torch.float64, rows, columns).zero_()
-    for delta in deltas:
-        total.add_(delta.dense())
-    base = buffers.take("base", torch.float64, rows, columns).copy_(deltas.base())
-    ranks = _effective_rank(base, buffers), _effective_rank(total, buffers)
-    if not all(ranks):
-        return 1.0, 0.0
-    across = (base, total.mT) if rows <= columns else (base.mT, total)
-    size = min(rows, columns)
-    turned = torch.mm(*across, out=buffers.take("gram", torch.float64, size, size))
-    norm = torch.linalg.vector_norm(turned).item()
-    antisymmetric = torch.linalg.vector_norm(turned - turned.mT).item()
-    return ranks[0] / ranks[1], antisymmetric / (2.0 * norm) if norm else 0.0
-
-
-def _effective_rank(matrix: Tensor, buffers: Buffers) -> float:
-    energies = torch.linalg.eigvalsh(gram(matrix, buffers)).clamp_min_(0.0)
-    total = energies.sum()
-    return math.exp(torch.special.entr(energies / total).sum().item()) if total > 0.0 else 0.0

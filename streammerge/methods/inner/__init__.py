@@ -142,11 +142,20 @@ def svc_cost(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any]
 
 
 def larv_cost(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
-    """Price of LARV before a rule."""
+    """Price of LARV: a look at every matrix of the model, then a rule in the memory that the look took."""
     rows, columns = shape
     size, matrix = min(shape), rows * columns
     within = _inner_of("larv", parameters).cost(shape, experts, itemsize)
     # the base, in the stream's dtype first, and the experts' sum; three products of their shorter side
     flops = 6 * matrix * size + 4 * size**3 + experts * matrix
     own = spectral(2 * matrix + 3 * size**2, size, flops, passes=1, narrow_bytes=2 * matrix * itemsize)
-    return _together(own, within, passes=within.passes + 1)
+    # scaled changes have no working format on a device: a rule that stacks them takes them as they are
+    device_bytes = _device_bytes(within) + experts * matrix * itemsize
+    return replace(
+        within,
+        workspace_bytes=max(own.workspace_bytes, within.workspace_bytes),
+        device_bytes=max(_device_bytes(own), device_bytes),
+        flops=own.flops + within.flops,
+        looks=1,
+        look_scope="model",
+    )

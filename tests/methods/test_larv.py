@@ -60,18 +60,18 @@ def scales(base, changed, contrast=0.0, conflict=0.0, low=0.9, high=1.1):
     }
 
 
-def model(count=3, seed=0, dtype=torch.bfloat16):
-    """Llama tensors, and experts whose matrices change in ways that differ: along the base, across it, in few ranks."""
-    base = llama_tensors(seed, dtype)
-    changed = [{name: t.clone() for name, t in base.items()} for _ in range(count)]
+def model():
+    """Llama tensors and three experts: matrices change along the base, in its first direction, across it, at random."""
+    base = llama_tensors()
+    changed = [{name: t.clone() for name, t in base.items()} for _ in range(3)]
     for number, (name, before) in enumerate((n, base[n].double()) for n in LINEAR):
+        left, values, right = torch.linalg.svd(before, full_matrices=False)
+        first = values[0] * torch.outer(left[:, 0], right[0])
         for index, expert in enumerate(changed):
-            place = 100 * seed + 10 * number + index
-            noise = 0.002 * random(*before.shape, seed=place)
-            turn = random(before.shape[1], before.shape[1], seed=place + 5)
-            left, values, right = torch.linalg.svd(before, full_matrices=False)
-            leading = (0.3 + 0.1 * index) * values[0] * torch.outer(left[:, 0], right[0])
-            kinds = (0.05 * before + 0.1 * noise, leading, 0.05 * before @ (turn - turn.mT), noise)
+            noise = 0.002 * random(*before.shape, seed=10 * number + index)
+            turn = random(before.shape[1], before.shape[1], seed=10 * number + index + 5)
+            along, across = 0.05 * before + 0.1 * noise, 0.05 * before @ (turn - turn.mT)
+            kinds = along, (0.3 + 0.1 * index) * first, across, noise
             expert[name] = (before + kinds[number % 4]).to(base[name].dtype)
     return base, changed
 

@@ -53,8 +53,8 @@ test-parity: .venv/dev .cache/mergekit-venv/ready  ## mergekit's recipes give wh
 	@touch $@
 
 FUZZ_RUNS ?= 250000
-fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs and recipes: FUZZ_RUNS=N of each
-	for target in header index config recipe pattern; do \
+fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs, recipes and journals: FUZZ_RUNS=N of each
+	for target in header index config recipe pattern journal; do \
 	  .cache/fuzz-venv/bin/python tests/fuzz_atheris.py $$target -runs=$(FUZZ_RUNS) -timeout=5 -max_len=8192 \
 	    -malloc_limit_mb=64 -rss_limit_mb=512 -print_final_stats=1 .cache/fuzz/$$target || exit 1; \
 	done

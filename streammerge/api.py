@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from streammerge import devices
 from streammerge.budget import parse_bytes
 from streammerge.checkpoint import Storage, changed_files
-from streammerge.errors import CheckpointError, StreamMergeError, quoted
+from streammerge.errors import CheckpointError, StreamMergeError, listed, quoted
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import is_untidied, partial_folder, refuse_taken
 from streammerge.plan import Plan, check_disk, make_plan, weight_files
@@ -237,7 +237,7 @@ def _refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
         return
     writer.distrust()
     raise CheckpointError(
-        "inputs changed during the merge:\n  " + "\n  ".join(changes[:20]),
+        f"inputs changed during the merge:{listed(changes)}",
         hint=f"Nothing was published. Restore the files as they were and pass `--resume`, which merges all again, "
         f"or delete {quoted(writer.partial)} and begin anew.",
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from streammerge.errors import CheckpointError, quoted
+from streammerge.errors import CheckpointError, listed, quoted
 
 HEADER_LIMIT_BYTES = 100_000_000
 JSON_LIMIT_BYTES = 100_000_000
@@ -322,7 +322,7 @@ def _match_index(location: str, shard: str, found: Set[str], promised: Set[str])
     problems += [f"{quoted(n)} is in the file but not in the index" for n in sorted(found - promised)]
     if problems:
         raise CheckpointError(
-            f"{_label(location, shard)} does not match {quoted(INDEX_NAME)}:\n  " + "\n  ".join(problems[:20]),
+            f"{_label(location, shard)} does not match {quoted(INDEX_NAME)}:{listed(problems)}",
             hint="The folder mixes files of two models or two downloads. Fetch it again.",
         )
 

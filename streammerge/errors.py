@@ -10,6 +10,11 @@ StreamMergeError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+# lines of one message: more would push its beginning off the screen
+MOST_LISTED = 20
+
 
 class StreamMergeError(Exception):
     """Something the user can mend: `message` says what was found and expected, `hint` what to do."""
@@ -50,3 +55,9 @@ def quoted(name: object) -> str:
     # cut before it is escaped too: a name may have the length of a header
     text = escaped(str(name)[:201])
     return f"`{text[:200]}…`" if len(text) > 200 else f"`{text}`"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Lines to go below a message: the first of them, and how many more there are."""
+    more = [f"and {len(lines) - MOST_LISTED} more"] if len(lines) > MOST_LISTED else []
+    return "".join(f"\n  {line}" for line in (*lines[:MOST_LISTED], *more))

@@ -6,15 +6,21 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streammerge.errors import OutputError, quoted
+from streammerge.checkpoint import parse_json
+from streammerge.entries import Entry, entry_of
+from streammerge.errors import CheckpointError, OutputError, quoted
 
 JOURNAL = "journal.jsonl"
-_READ_BYTES = 64 << 20
+# a recipe has at most 1 MiB, and a name of such a length is no model's
+MOST_LINE_BYTES = 16 << 20
+_READ_BYTES = 64 << 10
+_PARTIAL = ".partial"
 
 
 class Journal:
@@ -26,6 +32,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o644)
+        self._path = path
         self._torn_at: int | None = None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,6 +53,8 @@ class Journal:
         """Write lines; they are on the device when this returns."""
         if self._torn_at is not None:
             os.ftruncate(self._descriptor, self._torn_at)
+            # a power cut must not keep what is appended and, around it, what was cut off
+            os.fsync(self._descriptor)
             self._torn_at = None
         rest = memoryview(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         # unbuffered: what a full disk refused must not be written later, when the file is closed
@@ -53,25 +62,37 @@ class Journal:
             rest = rest[os.write(self._descriptor, rest) :]
         os.fsync(self._descriptor)
 
-    def read(self) -> list[Any]:
-        """All lines up to the first that a crash tore; the next `append` cuts that off with what follows it."""
-        found, end = [], 0
-        text = self._text()
-        for line in text.splitlines(keepends=True):
+    def begun(self) -> dict[str, Any] | None:
+        """The first line, which says what is being merged; None where a crash left nothing of it."""
+        for value in self._values():
+            if not isinstance(value, dict):
+                raise self._damaged(1, f"is {quoted(json.dumps(value))}, expected what is being merged")
+            return value
+        return None
+
+    def entries(self, names: Container[str]) -> dict[str, Entry]:
+        """What the further lines say, up to the first that a crash tore: of each tensor the last.
+
+        The next `append` cuts off what was torn. Raises OutputError for what no crash leaves, such as a tensor
+        that is not among `names`, in memory that does not grow with the journal.
+        """
+        found: dict[str, Entry] = {}
+        for number, value in enumerate(self._values(), 1):
+            if number == 1:
+                continue
             try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                found.pop()
-                break
-            end += len(line)
-        self._torn_at = end if end < len(text) else None
+                entry = entry_of(value)
+            except ValueError as error:
+                raise self._damaged(number, str(error)) from error
+            if entry.name not in names:
+                raise self._damaged(number, f"is about {quoted(entry.name)}, which is no tensor of this merge")
+            found[entry.name] = entry
         return found
 
     def forget(self) -> None:
-        """Keep the first line alone, which says what is being merged."""
-        os.ftruncate(self._descriptor, self._text().find(b"\n") + 1)
+        """Keep the first line alone."""
+        first = next(self._lines(), b"")
+        os.ftruncate(self._descriptor, len(first) if first.endswith(b"\n") else 0)
         os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -81,11 +102,48 @@ class Journal:
             with suppress(OSError):
                 os.close(descriptor)
 
-    def _text(self) -> bytes:
-        parts: list[bytes] = []
-        while part := os.pread(self._descriptor, _READ_BYTES, sum(map(len, parts))):
-            parts.append(part)
-        return b"".join(parts)
+    def _values(self) -> Iterator[Any]:
+        """The JSON of each line up to the first that a crash tore."""
+        end = 0
+        for number, line in enumerate(self._lines(), 1):
+            # what did not reach the disk of an append is missing at its end, or reads as zeros, which no JSON holds
+            if not line.endswith(b"\n") or b"\0" in line:
+                self._torn_at = end
+                return
+            try:
+                yield parse_json(line, self._label(number))
+            except CheckpointError as error:
+                raise OutputError(error.message, hint=self._hint) from error
+            end += len(line)
+        self._torn_at = None
+
+    def _lines(self) -> Iterator[bytes]:
+        """Each line with its end; the last may have none."""
+        rest, position, number = bytearray(), 0, 1
+        while part := os.pread(self._descriptor, _READ_BYTES, position):
+            position += len(part)
+            first, *others = part.split(b"\n")
+            rest += first
+            for other in others:
+                yield bytes(rest) + b"\n"
+                rest = bytearray(other)
+                number += 1
+            if len(rest) > MOST_LINE_BYTES:
+                raise self._damaged(number, f"has more than {MOST_LINE_BYTES} bytes")
+        if rest:
+            yield bytes(rest)
+
+    def _label(self, number: int) -> str:
+        return f"line {number} of {quoted(self._path)}"
+
+    def _damaged(self, number: int, reason: str) -> OutputError:
+        return OutputError(f"{self._label(number)} {reason}", hint=self._hint)
+
+    @property
+    def _hint(self) -> str:
+        if self._path.parent.name.endswith(_PARTIAL):
+            return f"No crash leaves that. Delete {quoted(self._path.parent)} and merge again."
+        return f"No crash leaves that. If the folder is a merged model, delete {quoted(JOURNAL)} and verify the folder."
 
 
 class os_errors:
@@ -169,4 +227,4 @@ def is_untidied(out: Path) -> bool:
 
 def partial_folder(out: Path) -> Path:
     """Where a model lies until it is complete."""
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + _PARTIAL)

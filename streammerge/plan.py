@@ -16,7 +16,7 @@ from streammerge.budget import available_memory_bytes, format_bytes
 from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry
 from streammerge.compare import differences
 from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_device_bytes
-from streammerge.errors import PlanError, escaped, quoted
+from streammerge.errors import PlanError, escaped, listed, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.models import open_model
@@ -199,8 +199,7 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
     ]
     if found:
         raise PlanError(
-            f"the models do not fit together: {len(found)} difference{'s' if len(found) > 1 else ''}\n  "
-            + "\n  ".join(found),
+            f"the models do not fit together: {len(found)} difference{'s' if len(found) > 1 else ''}{listed(found)}",
             hint="The models must share an architecture and a vocabulary. "
             f"`{escaped(shlex.join(['streammerge', 'inspect', *(m.location for m in models)]))}` "
             "shows them side by side.",

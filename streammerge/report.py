@@ -107,7 +107,8 @@ class Report:
     @property
     def worst_certificate(self) -> tuple[str, float] | None:
         """The least certain solve: tensor and estimated relative error; None where nothing was solved."""
-        found = [(o.name, float(o.facts["certificate"])) for o in self.tensors if "certificate" in o.facts]
+        told = [(o.name, o.facts.get("certificate")) for o in self.tensors]
+        found = [(name, float(value)) for name, value in told if isinstance(value, (int, float))]
         return max(found, key=lambda pair: pair[1], default=None)
 
     def to_dict(self) -> dict[str, Any]:

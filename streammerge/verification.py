@@ -30,6 +30,7 @@ from streammerge.checkpoint import JSON_LIMIT_BYTES, ByteFile, Checkpoint, Stora
 from streammerge.compare import differences
 from streammerge.errors import CheckpointError, MergeError, OutputError, quoted
 from streammerge.folder import REPORT_NAME
+from streammerge.journal import JOURNAL
 from streammerge.memory import fit_memory
 from streammerge.owners import roles_from_model
 from streammerge.plan import Plan, changed_files, make_plan
@@ -106,6 +107,11 @@ def verify(
     reference = None if base is None else load_checkpoint(storage, base)
     if reference is not None:
         found.problems += differences(reference, model, reference.location, location)
+    if JOURNAL in model.files:
+        found.notes.append(
+            f"{quoted(JOURNAL)} is in the folder, which says where the inputs lay: a merge was stopped just after "
+            "it was complete, and `merge --resume` removes it"
+        )
     if report is None:
         _check_foreign(model, storage, reference, found)
     else:

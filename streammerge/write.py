@@ -14,14 +14,14 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streammerge.errors import OutputError, quoted
+from streammerge.errors import OutputError, listed, quoted
 from streammerge.journal import (
     JOURNAL,
     Journal,
@@ -174,7 +174,9 @@ class Writer:
                 raise
         journal = Journal(self.out / JOURNAL)
         try:
-            self._refuse_changes(journal.read(), identity, self.out)
+            # all of it, before anything is renamed: what is complete stays so whatever the journal says
+            self._refuse_changes(journal.begun() or {}, identity, self.out)
+            journal.entries(self._layout.placements)
             os.rename(self.out, self.partial)
             # before anything in it changes: a power cut must not leave half of it under the old name
             sync_folder(self.out.parent)
@@ -201,14 +203,15 @@ class Writer:
             file.sync()
 
     def _resume(self, identity: Mapping[str, Any]) -> None:
-        lines = self._journal.read()
-        if not lines:
+        begun = self._journal.begun()
+        if begun is None:
             # stopped while the files were laid out: nothing in them is worth keeping
             for staged in self.partial.glob(_staged("*")):
                 staged.unlink()
             self._begin(identity)
             return
-        self._refuse_changes(lines, identity, self.partial)
+        self._refuse_changes(begun, identity, self.partial)
+        entries = self._journal.entries(self._layout.placements)
         if os.path.lexists(self.partial / CONFIG):
             # stopped while it was published: first take back what makes it a model
             (self.partial / CONFIG).unlink()
@@ -221,14 +224,12 @@ class Writer:
                 raise OutputError(f"{quoted(staged)} is gone", hint="Delete that folder and merge again.")
             os.rename(self.partial / shard.file, staged)
         self._open_shards(create=False)
-        for line in lines[1:]:
-            name = line["name"]
-            if self._hash(name) == line["sha256"]:
-                self.checksums[name] = line["sha256"]
-                self.outcomes[name] = Outcome(**line["outcome"])
+        for name, entry in entries.items():
+            if self._hash(name) == entry.sha256:
+                self.checksums[name] = entry.sha256
+                self.outcomes[name] = Outcome(**entry.outcome)
 
-    def _refuse_changes(self, lines: Sequence[Any], identity: Mapping[str, Any], folder: Path) -> None:
-        begun = lines[0] if lines and isinstance(lines[0], dict) else {}
+    def _refuse_changes(self, begun: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
         if begun.get("format") != FORMAT:
             found = json.dumps(begun.get("format"))
             raise OutputError(
@@ -238,7 +239,7 @@ class Writer:
         changes = _changes(begun, identity)
         if changes:
             raise OutputError(
-                f"{quoted(folder)} was begun with other inputs:\n  " + "\n  ".join(changes[:20]),
+                f"{quoted(folder)} was begun with other inputs:{listed(changes)}",
                 hint="Restore them to resume, or delete that folder and merge again.",
             )
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import re
 import resource
 import signal
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from streammerge.checkpoint import (
     DTYPE_BYTES,
@@ -35,6 +38,7 @@ from streammerge.checkpoint import (
 from streammerge.errors import CheckpointError, OutputError, RecipeError, StreamMergeError
 from streammerge.folder import template_of
 from streammerge.inspection import Inspection
+from streammerge.journal import JOURNAL, Journal
 from streammerge.patterns import Pattern, PatternError
 from streammerge.recipe import Recipe
 from streammerge.rules import layer_count, layer_position, roles
@@ -43,6 +47,8 @@ CORPUS = Path(__file__).parent / "corpus"
 MOST_BYTES = 64 << 20
 MOST_SECONDS = 5
 LARGEST_INPUT = 64 << 10
+# where there is one, a folder that no disk is behind
+_IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 class InMemory:
@@ -186,16 +192,64 @@ def report(data: bytes) -> None:
             raise AssertionError(f"not a tensor's line: {each!r}")
 
 
+def journal(data: bytes) -> None:
+    """The journal of an interrupted merge: read, or refused; what it is read as outlasts what is appended."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_IN_MEMORY) as folder:
+        path = Path(folder) / "out.partial" / JOURNAL
+        path.parent.mkdir()
+        path.write_bytes(data)
+        opened = Journal(path)
+        try:
+            _resumed(opened)
+        except OutputError as error:
+            _is_shown_safely(error)
+            if not error.hint:
+                raise AssertionError(f"no hint: {error.message}") from error
+        finally:
+            opened.close()
+
+
+def _resumed(opened: Journal) -> None:
+    begun = opened.begun()
+    if begun is None:
+        return
+    found = opened.entries(JOURNAL_NAMES)
+    if not found.keys() <= set(JOURNAL_NAMES):
+        raise AssertionError(f"not of this merge: {found.keys()}")
+    opened.append([JOURNAL_LINE])
+    name = JOURNAL_LINE["name"]
+    # NaN, which is what a method may note, equals nothing
+    if repr(opened.entries(JOURNAL_NAMES) | {name: None}) != repr({**found, name: None}):
+        raise AssertionError("what is appended changes what was there")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "index": index,
     "config": config,
     "recipe": recipe,
     "pattern": pattern,
+    "journal": journal,
     **({"report": report} if importlib.util.find_spec("torch") else {}),
 }
 
 # sound inputs, from which mutation starts
+
+JOURNAL_NAMES = ("a", "b", "model.norm.weight")
+JOURNAL_LINE: dict[str, Any] = {
+    "name": "a",
+    "sha256": "0123456789abcdef" * 4,
+    "outcome": {
+        "name": "a", "method": "actmat", "facts": {"certificate": 1e-7, "solver": "exact", "rank": 3, "dual": True},
+        "norm_ratio": 0.5, "rounding_loss": None, "changed": 1.0, "growth": 0.9, "non_finite": 0,
+        "non_finite_inputs": 0, "seconds": 0.25,
+    },
+}  # fmt: skip
+_JOURNAL = (
+    {"format": 2, "recipe": {"merge_method": "actmat"}, "shards": {"model.safetensors": "00"}},
+    JOURNAL_LINE,
+    {**JOURNAL_LINE, "name": "b", "outcome": {**JOURNAL_LINE["outcome"], "name": "b"}},
+)
 
 _TENSORS = {
     "model.embed_tokens.weight": tensor("BF16", [4, 2], 0),
@@ -246,6 +300,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         b"^(a+)+$\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!",
         b"(?i:LAYERS)\\.(\\d+|x{2,3}?)(?=\\.)(?<!q)[^k-m]*+\nmodel.layers.12.mlp",
     ),
+    "journal": (b"".join(json.dumps(line).encode() + b"\n" for line in _JOURNAL),),
     "report": (json.dumps({"format": 1, "tensors": [{"name": "a", "sha256": "00", "method": "linear"}]}).encode(),),
 }
 
@@ -359,6 +414,11 @@ def mutated(chance: random.Random, name: str, data: bytes) -> bytes:
         return (len(text).to_bytes(8, "little") + text + rest)[:LARGEST_INPUT]
     if name in ("index", "config", "report") and chance.random() < 0.6:
         return _changed_text(chance, data)
+    if name == "journal" and chance.random() < 0.6:
+        lines = data.splitlines(keepends=True) or [b""]
+        place = chance.randrange(len(lines))
+        lines[place] = _changed_text(chance, lines[place]) + (b"\n" if chance.random() < 0.95 else b"")
+        return b"".join(lines)[:LARGEST_INPUT]
     return _changed_bytes(chance, data)
 
 

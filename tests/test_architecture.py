@@ -20,6 +20,7 @@ LAYERS = (
     "report",
     "write",
     "journal",
+    "entries",
     "stream",
     "device_stream",
     "device_deltas",

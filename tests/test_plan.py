@@ -321,6 +321,15 @@ def test_one_difference_is_not_called_differences() -> None:
     assert message.startswith("the models do not fit together: 1 difference\n")
 
 
+def test_of_many_differences_the_first_are_listed_and_the_rest_counted() -> None:
+    many = {f"extra.{number:04}": ("F32", (1,)) for number in range(1000)}
+    message, _ = refused(recipe(experts=("a",)), Headers(base=LLAMA, a={**LLAMA, **many}))
+    first, *listed, last = message.split("\n")
+    assert first == "the models do not fit together: 1000 differences"
+    assert listed == [f"  `extra.{number:04}` is in `a` but not in `base`" for number in range(20)]
+    assert last == "  and 980 more"
+
+
 def test_names_and_locations_from_outside_are_never_printed_raw() -> None:
     escape = "\x1b[2J"
     storage = Headers(**{"base": LLAMA, f"dir {escape}": {**LLAMA, escape: ("F32", ())}})

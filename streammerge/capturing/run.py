@@ -20,7 +20,7 @@ from streammerge.budget import format_bytes
 from streammerge.capturing.reading import attention_of, build_skeleton, load_model, refuse_unreadable, stored_as
 from streammerge.capturing.samples import Sample, batches_of
 from streammerge.checkpoint import Checkpoint
-from streammerge.errors import MergeError, PlanError, escaped, quoted
+from streammerge.errors import MergeError, OutputError, PlanError, escaped, quoted
 from streammerge.journal import is_untidied, partial_folder
 from streammerge.layout import lay_out
 from streammerge.outcome import Block, Outcome
@@ -175,7 +175,12 @@ class Run:
                 self._covariances([todo[i] for i in positions], _Sink(writer), tell)
             writer.flush()
             for name in self.matrices:
-                count = int(writer.outcomes[name].facts["tokens"])
+                count = writer.outcomes[name].facts.get("tokens")
+                if not isinstance(count, int):
+                    raise OutputError(
+                        f"the journal in {quoted(writer.partial)} does not say of how many tokens {quoted(name)} is",
+                        hint="Delete that folder and capture again.",
+                    )
                 if count != self.tokens:
                     self.counts[name] = count
             self._warn([name for name, count in self.counts.items() if not count], "no token reached it, so it is zero")

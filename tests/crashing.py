@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -10,13 +11,14 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import streammerge
-from streammerge import memory, methods, write
+from streammerge import memory, methods, stream, write
 from tests import odd_methods
 
 # forked from a process that has torch loaded but no threads, each death costs a tenth of a second
@@ -25,9 +27,14 @@ _PROCESSES.set_forkserver_preload(["__main__", "tests.crashing", "streammerge.wr
 
 CALLS = ("pwrite", "write", "fdatasync", "fsync", "rename", "unlink", "posix_fallocate", "ftruncate")
 # in slow motion a merge rests before each of these, so that a kill may land anywhere
-SLOW_CALLS = (*CALLS, "mkdir", "preadv")
+SLOW_CALLS = (*CALLS, "mkdir", "pread", "preadv")
 PAUSE_SECONDS = 0.0003
 SHARD_BYTES = 6000
+# what a merge goes through, by its calls: while it merges it reads, writes and makes durable at the same time
+PHASES = (
+    "planning", "laying out", "looking", "reading", "writing", "committing", "flushing", "checking", "publishing",
+    "tidying",
+)  # fmt: skip
 # no merge of the tests makes so many calls
 AFTER_THE_LAST = 1 << 30
 
@@ -59,40 +66,52 @@ def start(recipe: Mapping[str, object], out: Path, *, resume: bool = False, rest
     return process
 
 
-def stopped(
-    recipe: Mapping[str, object], out: Path, calls: int, after: float = 0.0, *, number: int = signal.SIGKILL,
-    resume: bool = False,
-) -> tuple[int | None, int]:  # fmt: skip
-    """Run the command line in slow motion and send a signal `after` seconds into its `calls`-th call.
+class Stopped(NamedTuple):
+    """What became of a merge: its exit code, None when it hangs, where the signal hit, the phase of each call."""
 
-    The exit code, None when it hangs, and how many calls there were. What it says goes to `out`.stderr.
+    code: int | None
+    hit: str
+    phases: list[str]
+
+
+def stopped(
+    recipe: Mapping[str, object], out: Path, moment: int | tuple[str, int], after: float = 0.0, *,
+    number: int = signal.SIGKILL, resume: bool = False,
+) -> Stopped:  # fmt: skip
+    """Run the command line in slow motion and send a signal `after` seconds into its `moment`-th call.
+
+    A moment in a phase is kept: the merge rests in that call until the signal. What it says goes to `out`.stderr.
     """
     receive, send = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_merge_slowly, args=(dict(recipe), str(out), resume, send))
+    rests_at = moment if isinstance(moment, tuple) else None
+    process = _PROCESSES.Process(target=_merge_slowly, args=(dict(recipe), str(out), resume, send, rests_at))
     process.start()
     send.close()
-    seen = 0
+    phases: list[str] = []
     with suppress(EOFError):
-        while seen < calls:
-            receive.recv_bytes()
-            seen += 1
+        while phases.count(rests_at[0]) < rests_at[1] if rests_at else len(phases) < moment:  # type: ignore[operator]
+            phases.append(receive.recv_bytes().decode())
         time.sleep(after)
     assert process.pid is not None
+    hit = len(phases)
     # it may have ended by itself
     with suppress(ProcessLookupError):
         os.kill(process.pid, number)
     # a pipe that is full must not be what it waits for
     with suppress(EOFError):
         while receive.poll(60):
-            receive.recv_bytes()
+            phases.append(receive.recv_bytes().decode())
     process.join(60)
     code = process.exitcode
     process.kill()
     process.join()
-    return code, seen
+    # in the call that rested, or in the last of all
+    return Stopped(code, phases[hit - 1 if rests_at else -1], phases)
 
 
-def _merge_slowly(recipe: dict[str, object], out: str, resume: bool, send: Any) -> None:
+def _merge_slowly(
+    recipe: dict[str, object], out: str, resume: bool, send: Any, rests_at: tuple[str, int] | None
+) -> None:
     from streammerge import cli
 
     small_pieces()
@@ -100,19 +119,62 @@ def _merge_slowly(recipe: dict[str, object], out: str, resume: bool, send: Any) 
     with open(f"{out}.stderr", "wb") as file:
         os.dup2(file.fileno(), 2)
     Path(f"{out}.yaml").write_text(json.dumps(recipe))
+    stages = _Stages(out)
     lock = threading.Lock()
+    seen: Counter[str] = Counter()
     for name, real in [(name, getattr(os, name)) for name in SLOW_CALLS]:
 
-        def slow(*arguments: Any, real: Callable[..., Any] = real, **named: Any) -> Any:
+        def slow(*arguments: Any, name: str = name, real: Callable[..., Any] = real, **named: Any) -> Any:
             with lock:
-                send.send_bytes(b".")
-            time.sleep(PAUSE_SECONDS)
-            return real(*arguments, **named)
+                phase = stages.phase(name)
+                seen[phase] += 1
+                send.send_bytes(phase.encode())
+                rests = rests_at == (phase, seen[phase])
+            time.sleep(60 if rests else PAUSE_SECONDS)
+            done = real(*arguments, **named)
+            if name == "rename":
+                stages.renamed(*arguments)
+            return done
 
         setattr(os, name, slow)
     sys.argv = ["streammerge", "merge", f"{out}.yaml", out, "-q", "--max-shard-size", str(SHARD_BYTES)]
     sys.argv += ["--resume"] if resume else []
     cli.main()
+
+
+class _Stages:
+    """How far a merge has come, told by which of its functions run."""
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._now = "planning"
+        self._around(write.Writer, "__init__", "laying out", "merging")
+        self._around(stream.Stream, "_look_at_model", "looking", "merging")
+        self._around(write.Writer, "flush", "flushing", "checking")
+        self._around(write.Writer, "publish", "publishing", "over")
+
+    def phase(self, call: str) -> str:
+        """The phase that a call belongs to."""
+        if self._now != "merging":
+            return self._now
+        return {"preadv": "reading", "pwrite": "writing"}.get(call, "committing")
+
+    def renamed(self, source: object, target: object) -> None:
+        """After its last rename only the journal is in the way."""
+        if str(target) == self._out:
+            self._now = "tidying"
+
+    def _around(self, owner: Any, name: str, during: str, after: str) -> None:
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def staged(*arguments: Any, **named: Any) -> Any:
+            self._now = during
+            result = real(*arguments, **named)
+            self._now = after
+            return result
+
+        setattr(owner, name, staged)
 
 
 def _merge(

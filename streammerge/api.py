@@ -163,10 +163,11 @@ def verify(
 
     base       a model whose names and shapes the folder's must be
     inputs     whether the models that were merged are still those of the report
-    recompute  how many tensors to merge again in float64, sampled by `seed`; also checks the inputs
+    recompute  how many tensors to merge again in float64, sampled by `seed`; also checks the inputs. The plan and the
+               methods are the merge's own: what is wrong in them does not show
     memory     the budget of that, as for `plan`
 
-    See `streammerge.verification` for what may differ. Raises CheckpointError for files that are not a sound model,
+    See `streammerge.recompute` for what may differ. Raises CheckpointError for files that are not a sound model,
     OutputError for a report that cannot be read or does not say what is asked of it.
     """
     from streammerge.verification import verify as check

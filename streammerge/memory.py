@@ -66,13 +66,17 @@ def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
 
 
-def fit_memory(steps: Sequence[Step], budget_bytes: int, *, staged: bool = False) -> MemoryPlan:
+def fit_memory(steps: Sequence[Step], budget_bytes: int, *, staged: bool = False, whole: bool = False) -> MemoryPlan:
     """Cut the budget so that every step fits. Raises PlanError naming the step that cannot.
 
     staged  slots only: workspace lies in an accelerator's memory
+    whole   slots that hold a whole tensor, or as much of it as the budget allows, though they leave the cache
     """
     # a multiple of 64, so that every slot is aligned for any dtype
     slot_bytes = max(STAGED_SLOT_BYTES if staged else LARGEST_SLOT_BYTES, -(-_widest_row_bytes(steps) // 64) * 64)
+    # doubled, so that halving comes by the usual size
+    while whole and slot_bytes < _largest_tensor_bytes(steps):
+        slot_bytes *= 2
     while True:
         plan, largest = _cut(steps, budget_bytes, slot_bytes, staged)
         if plan is not None:
@@ -135,6 +139,10 @@ def _fewest_slots(steps: Sequence[Step]) -> int:
 
 def _widest_row_bytes(steps: Sequence[Step]) -> int:
     return max((step.columns * step.element_bytes for step in steps if step.by_matrix or step.by_row), default=1)
+
+
+def _largest_tensor_bytes(steps: Sequence[Step]) -> int:
+    return max((-(-step.elements // PANEL) * PANEL * step.element_bytes for step in steps), default=1)
 
 
 def _needed_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:

@@ -17,6 +17,7 @@ LAYERS = (
     "api",
     "capturing",
     "verification",
+    "recompute",
     "report",
     "write",
     "journal",

@@ -454,6 +454,30 @@ def test_a_merge_killed_before_it_removed_its_journal_is_tidied_by_resuming(reci
     assert streammerge.verify(untidied).problems == ()
 
 
+def test_verify_reads_what_is_complete_but_for_its_journal_and_says_that_it_is_there(recipe, whole, untidied):
+    found = streammerge.verify(untidied, inputs=True, recompute=3)
+    assert found.problems == ()
+    (note,) = found.notes
+    assert note.startswith("`journal.jsonl` is in the folder, which says where the inputs lay: a merge was stopped")
+    assert digests_but_journal(untidied) == whole
+    merge(recipe, untidied, resume=True)
+    assert streammerge.verify(untidied).notes == ()
+
+
+def test_what_is_complete_but_for_its_journal_is_merged_again_where_its_bytes_changed(recipe, whole, untidied):
+    weights = sorted(untidied.glob("*.safetensors"))[0]
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert len(streammerge.verify(untidied).problems) == 1
+    report = merge(recipe, untidied, resume=True)
+    assert report.resumed_tensors == len(report.tensors) - 1
+    assert digests_but_journal(untidied).keys() == whole.keys()
+    assert streammerge.verify(untidied).problems == ()
+
+
 def test_what_is_complete_but_for_its_journal_is_not_touched_for_another_merge(recipe, whole, untidied):
     text = (untidied / JOURNAL).read_bytes()
     with pytest.raises(OutputError, match=r"out` was begun with other inputs:\n  `recipe\.parameters` was"):

@@ -96,6 +96,21 @@ def assert_sound(plan: MemoryPlan, steps: list[Step]) -> None:
 
 
 @given(some_steps, budgets)
+def test_slots_for_whole_tensors_fit_wherever_usual_ones_do(steps: list[Step], budget: int) -> None:
+    try:
+        usual = fit_memory(steps, budget)
+    except PlanError:
+        with pytest.raises(PlanError):
+            fit_memory(steps, budget, whole=True)
+        return
+    plan = fit_memory(steps, budget, whole=True)
+    assert plan.slot_bytes >= usual.slot_bytes
+    assert plan.peak_bytes <= budget
+    if budget >= 1 << 37 and max(each.elements for each in steps) < 1 << 24:
+        assert all(block_elements(each, plan.slot_bytes) >= each.elements for each in steps)
+
+
+@given(some_steps, budgets)
 def test_what_fits_fits_and_what_does_not_says_what_would(steps: list[Step], budget: int) -> None:
     try:
         plan = fit_memory(steps, budget)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge import memory, methods
-from streammerge.verification import Verification, sampled, unexplained
+from streammerge.outcome import Block
+from streammerge.recompute import sampled, unexplained
+from streammerge.stream import Stream
+from streammerge.verification import Verification
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 from tests.stored import tensors_of
 from tests.test_every_method import PARAMETERS, beside_of, experts_of, family_of
@@ -104,11 +109,42 @@ def test_matrices_stored_transposed_and_rules_and_models_without_a_base_are_merg
     assert len(same_in_float64(tmp_path / "soup").recomputed) == 2
 
 
-def test_blocks_are_compared_each_in_its_place(relatives, tmp_path, monkeypatch):
+def blocks_of(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many runs each tensor comes in from now on."""
+    seen: Counter[str] = Counter()
+    real = Stream.__iter__
+
+    def counted(stream: Stream) -> Iterator[Block]:
+        for block in real(stream):
+            seen[block.name] += 1
+            yield block
+
+    monkeypatch.setattr(Stream, "__iter__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "actmat"])
+def test_what_a_merge_cut_into_blocks_is_compared_with_whole_tensors(relatives, tmp_path, monkeypatch, method):
+    with monkeypatch.context() as patch:
+        for name in ("LARGEST_SLOT_BYTES", "SMALLEST_SLOT_BYTES"):
+            patch.setattr(memory, name, 1 << 7)
+        merged = blocks_of(patch)
+        streammerge.merge(recipe_for(method, relatives, tmp_path), tmp_path / "out")
+    assert max(merged.values()) > 4
+    again = blocks_of(monkeypatch)
+    assert len(same_in_float64(tmp_path / "out").recomputed) == 20
+    assert set(again.values()) == {1}
+
+
+def test_a_small_budget_compares_block_by_block_each_in_its_place(relatives, tmp_path, monkeypatch):
     streammerge.merge(recipe_of(relatives, "linear"), tmp_path / "out")
     for name in ("LARGEST_SLOT_BYTES", "SMALLEST_SLOT_BYTES"):
         monkeypatch.setattr(memory, name, 1 << 7)
-    assert len(same_in_float64(tmp_path / "out").recomputed) == 20
+    again = blocks_of(monkeypatch)
+    # room for small slots beside the reserve
+    found = streammerge.verify(tmp_path / "out", recompute=100, memory=memory.RESERVE_BYTES + 100 * 128)
+    assert (found.problems, len(found.recomputed)) == ((), 20)
+    assert max(again.values()) > 4
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.position_ids"])

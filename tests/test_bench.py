@@ -167,7 +167,9 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
     assert torch.equal(linear_io._ordered(tiny), words.to(torch.int32))
 
 
-SCRIPTS = ("generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "run_all", "gpu")
+SCRIPTS = (
+    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "run_all", "gpu",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -188,3 +190,37 @@ def test_the_recipes_are_ones_that_streammerge_reads(bench, tmp_path):
     recipe = Recipe.load(path)
     assert (recipe.method, recipe.output_dtype, len(recipe.experts)) == ("actmat", "F32", 2)
     assert recipe.warnings == ()
+
+
+def test_the_checks_that_are_timed_are_those_of_a_merge_and_change_no_weight(bench, tmp_path):
+    base, *experts = bench("generate").ensure(tmp_path / "set", bench("generate").Settings(size="tiny"), experts=2)
+    recipe = bench("child").write_recipe(tmp_path / "r.yaml", "actmat", experts, base)
+    checks, reports, weights = bench("checks"), {}, {}
+    for way, without in {"with": (), "without": tuple(bench("unchecked").CHECKS)}.items():
+        taken = checks.merge(without, recipe, tmp_path / way)
+        assert 0 < taken["seconds"] < taken["command_seconds"]
+        reports[way] = json.loads((tmp_path / way / "streammerge.json").read_text())["tensors"]
+        weights[way] = checks.digests(tmp_path / way)
+    assert weights["with"] == weights["without"]
+    for before, after in zip(reports["with"], reports["without"], strict=True):
+        assert before["sha256"] != after["sha256"] == "0" * 64
+        assert (after["growth"], after["norm_ratio"], after["changed"], after["rounding_loss"]) == (None, None, 0, 0)
+        if before["method"] == "actmat":
+            assert min(before["growth"], before["norm_ratio"], before["changed"], before["rounding_loss"]) > 0
+    certain = {way: max(t["facts"].get("certificate", 0.0) for t in tensors) for way, tensors in reports.items()}
+    assert certain["with"] > certain["without"] == 0.0
+
+
+def test_without_its_checks_a_merge_sees_no_nan(bench, tmp_path):
+    base, expert, *_ = bench("generate").ensure(tmp_path / "set", bench("generate").Settings(size="tiny"), experts=1)
+    file = bench("files").tensor_places(expert)["lm_head.weight"]
+    with file.open("r+b") as opened:
+        opened.seek(-2, 2)
+        opened.write(b"\xff\xff")
+    recipe = bench("child").write_recipe(tmp_path / "r.yaml", "linear", [base, expert])
+    with pytest.raises(SystemExit, match="holds NaN"):
+        bench("checks").merge((), recipe, tmp_path / "with")
+    for without, told in {"inputs": "leaves the range", "outputs": "holds NaN"}.items():
+        with pytest.raises(SystemExit, match=told):
+            bench("checks").merge((without,), recipe, tmp_path / without)
+    bench("checks").merge(("inputs", "outputs"), recipe, tmp_path / "neither")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import queue
 import time
@@ -211,7 +212,9 @@ class Stream:
         out = slot[:nbytes].view(dtype).view(base.shape)
         if merged is None:
             out.copy_(base)
-            if step.dtype != step.experts[0].dtype:
+            # a norm is read faster than elements are tested
+            wide = torch.float64 if dtype is torch.float64 else torch.float32
+            if step.dtype != step.experts[0].dtype and not math.isfinite(torch.linalg.vector_norm(out, dtype=wide)):
                 # a copy keeps its infinities: the cast made the others
                 bad = int((~torch.isfinite(out) & torch.isfinite(base)).sum())
                 refuse_overflow(step, bad)

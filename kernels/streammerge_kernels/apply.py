@@ -75,7 +75,7 @@ def apply_(
     non_finite = _non_finite(out, exact)
     if measure:
         for rounded, before in _chunks(out, base):
-            changed = changed + torch.count_nonzero(rounded != before.to(out.dtype))
+            changed = changed + _differing(rounded, before)
         if out.dtype != exact.dtype:
             for part, rounded in _chunks(exact, out):
                 part.sub_(rounded)
@@ -87,6 +87,12 @@ def _chunks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     left, right = left.view(-1), right.view(-1)
     for first in range(0, left.numel(), _CHUNK):
         yield left[first : first + _CHUNK], right[first : first + _CHUNK]
+
+
+def _differing(rounded: Tensor, before: Tensor) -> Tensor:
+    # on a CPU a comparison into its operands' own dtype takes a sixth of the time of one into booleans; a chunk's
+    # count of ones is exact in float32
+    return before.to(rounded.dtype, copy=True).ne_(rounded).sum(dtype=torch.float32).long()
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -74,6 +74,18 @@ def test_the_reference_gives_what_streams_gave_to_the_bit(dtype, rounding, layou
     assert applied.non_finite.item() == 0
 
 
+@pytest.mark.parametrize("dtype", named(WIDTHS))
+def test_every_changed_element_of_a_run_of_millions_counts_and_zeros_of_either_sign_are_equal(dtype):
+    base = torch.ones(3 * apply._CHUNK + 1)
+    base[:5] = torch.tensor([-0.0, 0.0, math.nan, math.inf, -math.inf])
+    merged = torch.ones(len(base))
+    merged[:5] = torch.tensor([0.0, -0.0, 0.0, 1.0, math.inf])
+    applied = apply.apply_(base, merged, torch.empty(len(base), dtype=dtype), rounding="nearest", first_index=0, **KEY)
+    # NaN differs from itself, and of two infinities one is left
+    assert applied.changed.item() == len(base) - 3
+    assert applied.non_finite.item() == 3
+
+
 def test_the_reference_cut_in_chunks_is_the_reference(monkeypatch):
     base, merged = (t.cpu() for t in operands((40, 77)))
     outs = []

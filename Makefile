@@ -31,8 +31,8 @@ demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compar
 test: .venv/dev  ## every test but the long ones
 	$(BIN)/pytest
 
-test-long: .venv/dev  ## the tests that take minutes
-	$(BIN)/pytest -m long
+test-long: .venv/dev  ## the tests that take minutes, with their progress; ONLY=WORDS for some of them
+	$(BIN)/pytest -s -m long $(if $(ONLY),-k "$(ONLY)")
 
 # an environment of its own, with the versions that ours has
 .cache/mergekit-venv/ready: constraints.txt
@@ -53,8 +53,9 @@ test-parity: .venv/dev .cache/mergekit-venv/ready  ## mergekit's recipes give wh
 	@touch $@
 
 FUZZ_RUNS ?= 250000
-fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs, recipes and journals: FUZZ_RUNS=N of each
-	for target in header index config recipe pattern journal; do \
+FUZZ_TARGETS ?= header index config recipe pattern journal
+fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs, recipes…: FUZZ_RUNS=N of each, FUZZ_TARGETS=NAME
+	for target in $(FUZZ_TARGETS); do \
 	  .cache/fuzz-venv/bin/python tests/fuzz_atheris.py $$target -runs=$(FUZZ_RUNS) -timeout=5 -max_len=8192 \
 	    -malloc_limit_mb=64 -rss_limit_mb=512 -print_final_stats=1 .cache/fuzz/$$target || exit 1; \
 	done

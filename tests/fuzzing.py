@@ -47,6 +47,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MOST_BYTES = 64 << 20
 MOST_SECONDS = 5
 LARGEST_INPUT = 64 << 10
+PROGRESS_SECONDS = 10
 # where there is one, a folder that no disk is behind
 _IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
@@ -485,7 +486,7 @@ def run(
     # what is loaded on first use is loaded before anything is measured
     TARGETS[name](pool[0])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started, told = time.monotonic(), 0.0
     if measured:
         tracemalloc.start()
     try:
@@ -500,7 +501,11 @@ def run(
             largest = max(largest, attempt(name, data))
             slowest = max(slowest, time.perf_counter() - before)
             done += 1
-            if seconds is not None and time.monotonic() - started > seconds:
+            elapsed = time.monotonic() - started
+            if elapsed > told + PROGRESS_SECONDS:
+                told = elapsed
+                sys.stderr.write(f"{name}: {done} of {executions} in {elapsed:.0f} s\n")
+            if seconds is not None and elapsed > seconds:
                 break
     finally:
         tracemalloc.stop()

@@ -324,6 +324,8 @@ def test_each_call_of_a_merge_may_fail(recipe, family, disk, whole, fault, side,
         failing = merge_with_failing(calls, root, recipe, disk / "out", k, fault)
         settle(recipe, disk / "out", whole)
         shutil.rmtree(disk / "out")
+        if k % 40 < 4:
+            print(f"call {k} failed", flush=True)  # noqa: T201 - the test takes long
         if failing.calls <= k:
             break
     assert k > 50

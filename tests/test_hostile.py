@@ -97,9 +97,10 @@ def test_a_million_hostile_inputs_are_read_or_refused(target: str) -> None:
     executions = {"header": 300_000, "index": 200_000, "config": 200_000}.get(target, 100_000)
     ran = subprocess.run(
         [sys.executable, "-m", "tests.fuzzing", str(executions), "--target", target],
-        capture_output=True, text=True, env=environment, check=False, cwd=ROOT,
+        # what it says of its progress is seen with `-s`
+        stdout=subprocess.PIPE, text=True, env=environment, check=False, cwd=ROOT,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0
     assert json.loads(ran.stdout)["executions"] == executions
 
 

@@ -108,6 +108,8 @@ def test_a_merge_killed_at_every_moment_resumes_to_the_same_bytes(family, tmp_pa
         died = crashing.dies(recipe, out, moment, power_cut=power_cut)
         finish(recipe, out, digests(tmp_path / "whole"))
         shutil.rmtree(out)
+        if moment % 20 == 0:
+            print(f"killed at call {moment}", flush=True)  # noqa: T201 - the test takes long
         if not died:
             break
     assert moment > 100

@@ -439,6 +439,24 @@ def test_a_capture_that_was_killed_resumes_to_the_same_bytes(folder, likely, tmp
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("facts", [{}, {"tokens": "many"}, {"tokens": float("nan")}])
+def test_a_journal_that_does_not_count_its_tokens_is_refused(folder, likely, tmp_path, monkeypatch, facts):
+    monkeypatch.setattr(write, "GROUP_BYTES", 2000)
+    least = budgets(folder, likely, tmp_path, "covariance")[1]
+    with pytest.raises(_StoppedError):
+        api.capture(folder, likely, tmp_path / "out", memory=least, progress=stopped_after(7))
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    first, *lines = journal.read_text().splitlines()
+    changed = [json.loads(line) for line in lines]
+    assert changed
+    for line in changed:
+        line["outcome"]["facts"] = facts
+    journal.write_text("\n".join([first, *map(json.dumps, changed), ""]))
+    with pytest.raises(OutputError, match=r"does not say of how many tokens `.*` is") as caught:
+        api.capture(folder, likely, tmp_path / "out", memory=least, resume=True)
+    assert caught.value.hint == "Delete that folder and capture again."
+
+
 @pytest.mark.parametrize("change", ["data", "model", "options", "fisher"])
 def test_what_was_captured_of_other_inputs_is_not_resumed(folder, data, likely, tmp_path, change, monkeypatch):
     monkeypatch.setattr(write, "GROUP_BYTES", 2000)

@@ -25,6 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from streammerge.budget import available_memory_bytes
 from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
+from streammerge.derived import DerivedEntry
 from streammerge.errors import quoted
 from streammerge.memory import fit_memory
 from streammerge.plan import Plan, make_plan
@@ -256,6 +258,11 @@ class _Files:
 
     def read(self, location: str, entry: TensorEntry, first: int, elements: int) -> Tensor:
         """`elements` elements of a tensor from number `first` on, in memory of their own."""
+        if isinstance(entry, DerivedEntry):
+            values = torch.empty(elements, dtype=TORCH_DTYPES[entry.dtype])
+            entry.derivation.fill(entry, values, first, partial(self.read, location))
+            return values
+        location = entry.location or location
         key = location, entry.file
         if key not in self._open:
             self._open[key] = self._storage.open(location, entry.file)

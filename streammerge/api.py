@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge import devices
-from streammerge.budget import parse_bytes
-from streammerge.checkpoint import Storage, changed_files
-from streammerge.errors import CheckpointError, StreamMergeError, listed, quoted
+from streammerge.budget import available_memory_bytes, parse_bytes
+from streammerge.checkpoint import Storage
+from streammerge.errors import StreamMergeError
 from streammerge.inspection import Inspection, inspect_models
-from streammerge.journal import is_untidied, partial_folder, refuse_taken
-from streammerge.plan import Plan, check_disk, make_plan, weight_files
-from streammerge.rates import Rates, save_rates
+from streammerge.journal import refuse_taken, refuse_unready
+from streammerge.plan import Plan, make_plan
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from streammerge.batching import Group, Night, Outcome, Planner
     from streammerge.capturing import Captured
-    from streammerge.device_stream import DeviceStream
     from streammerge.report import Report
-    from streammerge.stream import Stream
     from streammerge.verification import Verification
-    from streammerge.write import Writer
 
 RecipeSource = str | os.PathLike[str] | Mapping[str, object] | Recipe
 Progress = Callable[[int, int], None]
@@ -114,34 +106,15 @@ def merge(
 
 def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, progress: Progress | None = None) -> Report:
     """Carry out a plan. See `merge`."""
-    started = time.perf_counter()
-    refuse_taken(out, resume=resume)
-    folder = Path(os.path.abspath(out))
-    if not (resume and (os.path.lexists(partial_folder(folder)) or is_untidied(folder))):
-        check_disk(planned, out)
-    devices.refuse_absent(planned.device)
+    from streammerge.merging import Merging
+
+    refuse_unready(planned, out, resume=resume)
     devices.prepare_torch()
     # torch takes seconds to load, and everything above refuses without it
-    from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
-    from streammerge.write import Writer
-
-    beside = side_files(planned, storage)
-    identity = {**planned.fingerprint(), "side_files": fingerprint_of(beside)}
-    with Writer(out, planned.layout, identity, resume=resume) as writer:
-        done = set(writer.checksums)
-        with _engine(planned)(planned, storage, skip=done) as stream:
-            for block in stream:
-                writer.write(block)
-                if progress:
-                    progress(stream.ahead.read_bytes, stream.to_read_bytes)
-            flushing = time.perf_counter()
-            writer.flush()
-            stream.output_waited_seconds += time.perf_counter() - flushing
-        _refuse_changed(planned, storage, writer)
-        report = _report(planned, out, stream, writer, len(done), time.perf_counter() - started)
-        writer.publish({**beside, REPORT_NAME: report.to_json().encode()})
-    _remember_rates(planned, report)
-    return report
+    with Merging(planned, out, storage, resume=resume, progress=progress) as merging:
+        for _ in merging.steps():
+            pass
+        return merging.publish()
 
 
 def inspect(*locations: str | os.PathLike[str], storage: Storage | None = None) -> Inspection:
@@ -183,6 +156,71 @@ def verify(
     )
 
 
+def batch(
+    night: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    device_memory: str | int | None = None,
+    tell: Callable[[str, str], None] = lambda name, text: None,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Outcome:
+    """Run a batch file's merges in one process, and of them what is left when it is called again.
+
+    memory    the budget of all that runs at the same time, as for `plan`; overrules the file's
+    device, device_memory  as for `plan`; on an accelerator jobs run one by one
+    tell      told a job's name and in words what became of it
+    stopped   asked after each tensor; once it says so all is left as it is, to be resumed
+    progress  told the bytes read so far and in all, by the merges under way
+
+    See `streammerge.batching`. Raises RecipeError for a file that cannot be read; jobs that fail are in the outcome.
+    """
+    from streammerge.batching import read_night, run_night
+
+    read, storage = read_night(night), storage or LocalStorage()
+    planner = _planner(read, memory, device, device_memory, storage)
+    return run_night(
+        read,
+        planner,
+        storage,
+        tell=lambda job, text: tell(job.name, text),
+        stopped=stopped,
+        progress=progress,
+    )
+
+
+def outline(
+    night: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    device_memory: str | int | None = None,
+    storage: Storage | None = None,
+) -> tuple[list[Group], dict[str, StreamMergeError]]:
+    """What `batch` would do, from headers alone: which jobs run together, and why others cannot run."""
+    from streammerge.batching import outline as outlined
+    from streammerge.batching import read_night
+
+    read = read_night(night)
+    return outlined(read, _planner(read, memory, device, device_memory, storage or LocalStorage()))
+
+
+def _planner(
+    night: Night, memory: str | int | None, device: str, device_memory: str | int | None, storage: Storage
+) -> Planner:
+    from streammerge.batching import Planner
+
+    chosen = night.memory if memory is None else memory
+    return Planner(
+        budget_bytes=available_memory_bytes() // 2 if chosen is None else parse_bytes(chosen),
+        plan=lambda recipe, budget: plan(
+            recipe, memory=budget, device=device, device_memory=device_memory, storage=storage
+        ),
+    )
+
+
 def capture(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
@@ -218,83 +256,4 @@ def capture(
         fisher=fisher,
         resume=resume,
         progress=progress,
-    )
-
-
-def _engine(planned: Plan) -> type[Stream] | type[DeviceStream]:
-    if planned.device_memory is None:
-        from streammerge.stream import Stream
-
-        return Stream
-    from streammerge.device_stream import DeviceStream
-
-    return DeviceStream
-
-
-def _refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
-    """Publish nothing of files that were written to while they were read: some bytes may be old, some new."""
-    changes = [line for model in planned.models for line in changed_files(storage, model)]
-    if not changes:
-        return
-    writer.distrust()
-    raise CheckpointError(
-        f"inputs changed during the merge:{listed(changes)}",
-        hint=f"Nothing was published. Restore the files as they were and pass `--resume`, which merges all again, "
-        f"or delete {quoted(writer.partial)} and begin anew.",
-    )
-
-
-def _report(
-    planned: Plan, out: str, stream: Stream | DeviceStream, writer: Writer, resumed: int, wall_seconds: float
-) -> Report:
-    from streammerge.report import Report, Seconds
-
-    return Report(
-        out=out,
-        recipe=planned.recipe.to_dict(),
-        tensors=tuple(writer.outcomes[step.name] for step in planned.steps),
-        checksums=writer.checksums,
-        read_bytes=stream.ahead.read_bytes,
-        written_bytes=planned.layout.total_bytes,
-        resumed_tensors=resumed,
-        memory={
-            "budget": planned.memory.budget_bytes,
-            "planned": planned.memory.peak_bytes,
-            **stream.memory_facts(),
-        },
-        seconds=Seconds(
-            wall=wall_seconds,
-            waiting_for_input=stream.ahead.waited_seconds,
-            waiting_for_output=stream.output_waited_seconds,
-            reading=stream.ahead.busy_seconds,
-            writing=writer.busy_seconds,
-        ),
-        versions=_versions(),
-        experts=len(planned.recipe.experts),
-        inputs=tuple({"location": model.location, "files": weight_files(model)} for model in planned.models),
-        max_shard_bytes=planned.max_shard_bytes,
-        device=planned.device,
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("streammerge", "torch", "safetensors"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _remember_rates(planned: Plan, report: Report) -> None:
-    seconds = report.seconds
-    # a resumed or tiny merge says little about this machine
-    if report.resumed_tensors or seconds.wall < 2:
-        return
-    save_rates(
-        planned.rates_key,
-        Rates(
-            report.read_bytes / max(seconds.reading, 1e-9),
-            report.written_bytes / max(seconds.writing, 1e-9),
-            planned.flops / max(seconds.computing, 1e-9),
-        ),
     )

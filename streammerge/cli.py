@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from types import FrameType
-from typing import Any, NoReturn
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -24,6 +26,9 @@ from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
 from streammerge.solve.cost import Cost
 from streammerge.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from streammerge.batching import Group
 
 DIFFERENT = 3
 INTERRUPTED = 130
@@ -281,6 +286,67 @@ def capture(
         click.echo(captured.summary(), err=True)
 
 
+@cli.command(
+    epilog="""\b
+Examples:
+  streammerge batch night.yaml --dry-run
+  streammerge batch night.yaml --memory 8GiB
+
+\b
+night.yaml:
+  out: tonight
+  jobs:
+    - recipe: recipe.yaml
+    - recipe: {merge_method: actmat, base_model: base, models: [{model: math}, {model: code}]}
+      grid: {parameters.ridge: [0.01, 0.1, 1.0], merge_method: [actmat, wudi]}
+  evaluate: {command: "python score.py {model}"}
+  keep: {best: 2, by: command.accuracy}
+
+Jobs of the same models run side by side and read them once. Running the same command again goes on
+where a batch ended, however it ended, and tries failed jobs again. Ctrl-C stops after the current
+tensor. Exit code 1 where a job failed."""
+)
+@click.argument("night")
+@click.option("--dry-run", is_flag=True, help="Show the jobs, their time and disk; merge nothing.")
+@memory_option
+@device_option
+@device_memory_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def batch(
+    night: str, dry_run: bool, memory: str | None, device: str, device_memory: str | None, quiet: bool, as_json: bool
+) -> None:
+    """Run many merges in one process, overnight."""
+    if dry_run:
+        groups, failed = api.outline(night, memory=memory, device=device, device_memory=device_memory)
+        click.echo(json.dumps(_outline_json(groups, failed)) if as_json else _outline_text(groups, failed))
+        sys.exit(1 if failed else 0)
+
+    def tell(name: str, text: str) -> None:
+        if not as_json:
+            click.echo(f"{escaped(name)}: {text}", err=True)
+
+    with StopRequest() as stop, ProgressLine("merging", silent=quiet) as progress:
+        outcome = api.batch(
+            night,
+            memory=memory,
+            device=device,
+            device_memory=device_memory,
+            tell=tell,
+            stopped=stop.asked,
+            progress=progress.show,
+        )
+    if as_json:
+        failures = {name: error.message for name, error in outcome.failed.items()}
+        click.echo(json.dumps({"done": outcome.done, "failed": failures, "stopped": outcome.stopped}))
+    else:
+        click.echo(f"{len(outcome.done)} jobs done, {len(outcome.failed)} failed", err=True)
+    if outcome.stopped:
+        raise click.Abort(f"Run {quoted(shlex.join(['streammerge', 'batch', night]))} again to continue.")
+    if outcome.failed:
+        sys.exit(1)
+
+
 @cli.command("methods")
 @click.argument("name", required=False)
 @json_option
@@ -319,6 +385,34 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class StopRequest:
+    """While used as a context manager, the first SIGINT or SIGTERM only asks to stop; the next interrupts."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self._asked
+
+    def __enter__(self) -> StopRequest:
+        self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        click.echo("stopping after the current tensor; again to stop at once", err=True)
+
+
 def _tell(message: str, hint: str | None) -> None:
     click.echo(message, err=True)
     if hint:
@@ -328,6 +422,40 @@ def _tell(message: str, hint: str | None) -> None:
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     # a scheduler's stop ends as cleanly as Ctrl-C: what is done becomes durable, files are closed
     raise KeyboardInterrupt
+
+
+def _outline_text(groups: Sequence[Group], failed: Mapping[str, StreamMergeError]) -> str:
+    lines = []
+    for group in groups:
+        together = f"{len(group.jobs)} jobs side by side" if len(group.jobs) > 1 else "1 job"
+        read, write = group.plans[0].read_bytes, sum(planned.layout.total_bytes for planned in group.plans)
+        seconds = [planned.predicted_seconds for planned in group.plans]
+        time = "" if None in seconds else f", at most {sum(each or 0.0 for each in seconds):.0f} s"
+        lines.append(f"{together}: read {format_bytes(read)}, write {format_bytes(write)}{time}")
+        lines += [f"  {job.name}: {job.recipe.method} of {len(job.recipe.experts)} models" for job in group.jobs]
+    lines += [f"{escaped(name)} cannot run: {error.message}" for name, error in failed.items()]
+    return "\n".join(lines)
+
+
+def _outline_json(groups: Sequence[Group], failed: Mapping[str, StreamMergeError]) -> dict[str, Any]:
+    return {
+        "groups": [
+            {
+                "read_bytes": group.plans[0].read_bytes,
+                "jobs": [
+                    {
+                        "name": job.name,
+                        "method": job.recipe.method,
+                        "write_bytes": planned.layout.total_bytes,
+                        "predicted_seconds": planned.predicted_seconds,
+                    }
+                    for job, planned in zip(group.jobs, group.plans, strict=True)
+                ],
+            }
+            for group in groups
+        ],
+        "failed": {name: error.message for name, error in failed.items()},
+    }
 
 
 def _recipe_and_out(

@@ -5,7 +5,8 @@ StreamMergeError
 ├── CheckpointError    an input model's files are not what they claim
 ├── PlanError          models that do not fit together, or a budget or disk too small
 ├── MergeError         a tensor that cannot be merged: NaN, overflow, a system without a solution
-└── OutputError        the output folder cannot be written, resumed or trusted
+├── OutputError        the output folder cannot be written, resumed or trusted
+└── EvaluationError    a model could not be evaluated
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class MergeError(StreamMergeError):
 
 class OutputError(StreamMergeError):
     """The output folder cannot be written, resumed or trusted."""
+
+
+class EvaluationError(StreamMergeError):
+    """A model could not be evaluated: the harness is missing, failed, or answered nothing."""
 
 
 def escaped(text: object) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streammerge import devices
 from streammerge.checkpoint import parse_json
 from streammerge.entries import Entry, entry_of
 from streammerge.errors import CheckpointError, OutputError, quoted
+from streammerge.plan import Plan, check_disk
 
 JOURNAL = "journal.jsonl"
 # a recipe has at most 1 MiB, and a name of such a length is no model's
@@ -26,13 +28,15 @@ _PARTIAL = ".partial"
 class Journal:
     """Lines of JSON, durable when `append` returns; locked, so that two merges never share a folder.
 
+    hint  what to do about a line that no crash leaves; by default what helps with a merge's journal
+
     The lock is the kernel's and ends with the process that holds it, however that ends: none is ever stale.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hint: str | None = None) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o644)
-        self._path = path
+        self._path, self._given_hint = path, hint
         self._torn_at: int | None = None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +68,7 @@ class Journal:
 
     def begun(self) -> dict[str, Any] | None:
         """The first line, which says what is being merged; None where a crash left nothing of it."""
-        for value in self._values():
+        for value in self.values():
             if not isinstance(value, dict):
                 raise self._damaged(1, f"is {quoted(json.dumps(value))}, expected what is being merged")
             return value
@@ -77,7 +81,7 @@ class Journal:
         that is not among `names`, in memory that does not grow with the journal.
         """
         found: dict[str, Entry] = {}
-        for number, value in enumerate(self._values(), 1):
+        for number, value in enumerate(self.values(), 1):
             if number == 1:
                 continue
             try:
@@ -102,8 +106,8 @@ class Journal:
             with suppress(OSError):
                 os.close(descriptor)
 
-    def _values(self) -> Iterator[Any]:
-        """The JSON of each line up to the first that a crash tore."""
+    def values(self) -> Iterator[Any]:
+        """The JSON of each line up to the first that a crash tore. Raises OutputError for what no crash leaves."""
         end = 0
         for number, line in enumerate(self._lines(), 1):
             # what did not reach the disk of an append is missing at its end, or reads as zeros, which no JSON holds
@@ -141,6 +145,8 @@ class Journal:
 
     @property
     def _hint(self) -> str:
+        if self._given_hint is not None:
+            return self._given_hint
         if self._path.parent.name.endswith(_PARTIAL):
             return f"No crash leaves that. Delete {quoted(self._path.parent)} and merge again."
         return f"No crash leaves that. If the folder is a merged model, delete {quoted(JOURNAL)} and verify the folder."
@@ -218,6 +224,15 @@ def refuse_taken(out: str | Path, *, resume: bool) -> None:
                 f"{quoted(partial)} has no journal, so it cannot be resumed",
                 hint="Delete that folder and merge again.",
             )
+
+
+def refuse_unready(planned: Plan, out: str, *, resume: bool) -> None:
+    """Raise where no merge into `out` can begin: the folder is taken, the disk full, the device away."""
+    refuse_taken(out, resume=resume)
+    folder = Path(os.path.abspath(out))
+    if not (resume and (os.path.lexists(partial_folder(folder)) or is_untidied(folder))):
+        check_disk(planned, out)
+    devices.refuse_absent(planned.device)
 
 
 def is_untidied(out: Path) -> bool:

@@ -55,6 +55,12 @@ class Located:
             return "a number of more than 128 bits"
         return f"`{str(self.value).lower()}`"
 
+    def plain(self) -> object:
+        """The value without its places."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
     def mapping(self, expected: str = "a mapping") -> dict[str, Located]:
         if isinstance(self.value, dict):
             return self.value

@@ -169,17 +169,21 @@ def make_plan(
 
 def check_disk(plan: Plan, out: str) -> tuple[int, int]:
     """Bytes the output needs and bytes free where it would lie. Raises PlanError when they do not fit."""
-    needed = plan.layout.total_bytes
-    folder = Path(os.path.abspath(out))
-    while not os.path.exists(folder):
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    needed, free = plan.layout.total_bytes, free_bytes(out)
     if needed > free:
         raise PlanError(
             f"{quoted(out)} needs {format_bytes(needed)} of disk but {format_bytes(free)} are free",
             hint="Free some space, choose another folder, or set a narrower `out_dtype`.",
         )
     return needed, free
+
+
+def free_bytes(out: str) -> int:
+    """Bytes free on the disk that a folder lies on, or would."""
+    folder = Path(os.path.abspath(out))
+    while not os.path.exists(folder):
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> None:

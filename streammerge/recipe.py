@@ -108,7 +108,7 @@ class Recipe:
         """Read a file, YAML or a report. Relative paths start at the current folder or else at the file's."""
         if os.fspath(path).endswith(".json") and (report := _report(Path(path))) is not None:
             return Recipe.from_report(report, str(path), os.path.dirname(path))
-        text = _contents(Path(path))
+        text = contents(Path(path))
         return _Reader(located_yaml.parse(text, str(path)), os.path.dirname(path)).recipe(text)
 
     @staticmethod
@@ -123,6 +123,11 @@ class Recipe:
             raise RecipeError(f"{quoted(source)} holds no `recipe`", hint=_DAMAGED_REPORT)
         found = _Reader(located_yaml.wrap(recipe, f"{source}: recipe"), folder).recipe(None)
         return replace(found, past=_past(report, source, len(found.locations)))
+
+    @staticmethod
+    def from_located(node: Located, folder: str | None = None) -> Recipe:
+        """Read a recipe inside another file; relative paths start at the current folder or else at `folder`."""
+        return _Reader(node, folder).recipe(None)
 
     @staticmethod
     def from_dict(mapping: Mapping[str, object]) -> Recipe:
@@ -238,7 +243,8 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
     )
 
 
-def _contents(path: Path) -> str:
+def contents(path: Path) -> str:
+    """The text of a file that a person wrote. Raises RecipeError for one that is not there, too large or no text."""
     try:
         with path.open("rb") as file:
             data = file.read(located_yaml.LARGEST_BYTES + 1)

@@ -34,13 +34,16 @@ from streammerge_kernels.matmul import fast_matmul
 class Stream:
     """Iterate to merge: blocks come in the plan's order, each tensor's in the order of its bytes.
 
-    skip   tensors that need no merging because an earlier run finished them
+    skip       tensors that need no merging because an earlier run finished them
+    workspace  to be shared with other streams, none of which is in the middle of a step; None for one of its own
 
     Use as a context manager: leaving it, however, stops the reading thread and closes every file.
     Raises MergeError naming tensor and expert, and whatever reading raised.
     """
 
-    def __init__(self, plan: Plan, storage: Storage, *, skip: Container[str] = ()) -> None:
+    def __init__(
+        self, plan: Plan, storage: Storage, *, skip: Container[str] = (), workspace: Workspace | None = None
+    ) -> None:
         self._plan = plan
         self._schedule = Schedule(plan, skip)
         self.to_read_bytes = self._schedule.read_bytes
@@ -48,7 +51,7 @@ class Stream:
         self._looks: dict[str, methods.Look] = {}
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
-        self.workspace = Workspace(plan.memory.workspace_bytes)
+        self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
         self._workers = _workers()
         self._output: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes

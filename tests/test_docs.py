@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import streammerge
 from streammerge import methods
+from streammerge.batching import read_night
 from streammerge.cli import cli
 from streammerge.delta import TensorDeltas
 from streammerge.recipe import Recipe
@@ -85,11 +86,20 @@ def test_every_make_target_in_the_documents_exists():
 
 
 def test_the_readmes_recipes_are_valid():
-    recipes = [text for text in fenced(README, "yaml") if "merge_method" in text]
+    files = [yaml.safe_load(text) for text in fenced(README, "yaml")]
+    recipes = [mapping for mapping in files if "jobs" not in mapping]
     assert recipes
-    for text in recipes:
-        Recipe.from_yaml(text)
-        yaml.safe_load(text)
+    for mapping in recipes:
+        Recipe.from_dict(mapping)
+
+
+def test_the_readmes_batch_is_valid(tmp_path, monkeypatch):
+    (recipe,) = (text for text in fenced(README, "yaml") if text.startswith("merge_method"))
+    (night,) = (text for text in fenced(README, "yaml") if "jobs:" in text)
+    for name, text in (("recipe.yaml", recipe), ("night.yaml", night)):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_night("night.yaml").jobs) == 7
 
 
 def test_every_method_is_in_the_readme():

@@ -12,6 +12,9 @@ import torch
 # what "bf16" selects: oneDNN's kernels, which compute in true float32 unless the CPU has bf16 tiles
 _FAST = "bf16"
 _ACCURATE = 1e-5
+# what the setting was before the first of the blocks under way, and one entry for each of them
+_before: list[Any] = []
+_inside: list[None] = []
 _SHAPES = ((64, 64, 64), (129, 257, 65), (256, 512, 128), (33, 1024, 300))
 
 
@@ -21,19 +24,23 @@ def fast_matmul() -> Iterator[bool]:
 
     On a CPU with bf16 tiles the same setting would round the operands to bf16, so it is used only
     where products of several shapes came out within 1e-5 of float64, tested once per process.
-    The setting is global to the process: it is put back on leaving, and should not be entered from
-    several threads at once.
+    The setting is global to the process: it is put back when the last of the blocks that overlap is left.
+    Not to be entered from several threads at once.
     """
     if not is_accurate():
         yield False
         return
     settings = _settings()
-    before = settings.fp32_precision
-    settings.fp32_precision = _FAST
+    if not _before:
+        _before.append(settings.fp32_precision)
+        settings.fp32_precision = _FAST
+    _inside.append(None)
     try:
         yield True
     finally:
-        settings.fp32_precision = before
+        _inside.pop()
+        if not _inside:
+            settings.fp32_precision = _before.pop()
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,54 @@
+"""Evaluate a merged folder with a harness, in a process of its own, and keep what it says beside the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import EvaluationError, quoted
+from streammerge.evaluation import command
+from streammerge.located_yaml import Located
+
+RESULTS_NAME = "results.json"
+
+Results = Mapping[str, Mapping[str, float]]
+"""By task and metric."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How models are evaluated: `run` is called with the model's folder."""
+
+    run: Callable[[Path], Results]
+
+
+def read_evaluation(node: Located) -> Evaluation:
+    """What `evaluate` in a batch says. Raises RecipeError with the line."""
+    fields = node.fields(("command", "timeout_seconds"))
+    if "command" not in fields:
+        raise node.error("`evaluate` names no harness", "Set `command`, with {model} where the folder goes.")
+    timeout = fields["timeout_seconds"].number() if "timeout_seconds" in fields else None
+    words = command.words_of(fields["command"])
+    return Evaluation(run=lambda model: command.run(words, model, timeout_seconds=timeout))
+
+
+def evaluate(model: Path, evaluation: Evaluation) -> Results:
+    """Evaluate a model and write `results.json` into its folder.
+
+    Raises EvaluationError where the harness fails, or answers no finite number.
+    """
+    results = evaluation.run(model)
+    found = {
+        task: {metric: value for metric, value in metrics.items() if math.isfinite(value)}
+        for task, metrics in results.items()
+    }
+    if not any(found.values()):
+        raise EvaluationError(f"the harness gave no number for {quoted(model)}", hint="Look at what it printed.")
+    staged = model / f".{RESULTS_NAME}.partial"
+    staged.write_text(json.dumps({"tasks": found}, indent=2) + "\n")
+    os.replace(staged, model / RESULTS_NAME)
+    return found

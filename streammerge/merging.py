@@ -1,0 +1,173 @@
+"""One merge under way: tensor by tensor from the plan to the published folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, suppress
+from types import TracebackType
+
+from streammerge.checkpoint import Storage, changed_files
+from streammerge.device_stream import DeviceStream
+from streammerge.errors import CheckpointError, listed, quoted
+from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
+from streammerge.plan import Plan, weight_files
+from streammerge.rates import Rates, save_rates
+from streammerge.report import Report, Seconds
+from streammerge.stream import Stream
+from streammerge.workspace import Workspace
+from streammerge.write import Writer
+
+# of less, most of the time goes into what does not grow with the models
+_TELLING_BYTES = 256 << 20
+
+
+class Merging:
+    """Carry out a plan step by step. Use as a context manager; leaving it early leaves what can be resumed.
+
+    progress   told the bytes read so far and in all, after each block
+    workspace  to be shared with other merges, none of which is in the middle of a step; None for one of its own
+    """
+
+    def __init__(
+        self,
+        planned: Plan,
+        out: str,
+        storage: Storage,
+        *,
+        resume: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._started = time.perf_counter()
+        self._planned, self._out, self._storage = planned, out, storage
+        self._resume, self._progress, self._workspace = resume, progress, workspace
+        self._beside = side_files(planned, storage)
+        self._writing, self._reading = ExitStack(), ExitStack()
+
+    def __enter__(self) -> Merging:
+        planned = self._planned
+        identity = {**planned.fingerprint(), "side_files": fingerprint_of(self._beside)}
+        with ExitStack() as opened:
+            self._writer = opened.enter_context(Writer(self._out, planned.layout, identity, resume=self._resume))
+            self._resumed = set(self._writer.checksums)
+            self._stream = self._engine()
+            self._reading.enter_context(self._stream)
+            self._writing = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._reading.close()
+        finally:
+            self._writing.__exit__(kind, error, trace)
+
+    def _engine(self) -> Stream | DeviceStream:
+        if self._planned.device_memory is None:
+            return Stream(self._planned, self._storage, skip=self._resumed, workspace=self._workspace)
+        return DeviceStream(self._planned, self._storage, skip=self._resumed)
+
+    def steps(self) -> Iterator[str]:
+        """Merge: after each step, a tensor or a pool of them, its last tensor's name. The workspace is free then."""
+        ends = _last_of_steps(self._planned, self._resumed)
+        for block in self._stream:
+            ended = block.outcome is not None and block.name in ends
+            self._writer.write(block)
+            if self._progress:
+                self._progress(self._stream.ahead.read_bytes, self._stream.to_read_bytes)
+            if ended:
+                yield block.name
+
+    def flush(self) -> None:
+        """Return when all that was merged is durable. Nothing can be merged afterwards."""
+        started = time.perf_counter()
+        self._writer.flush()
+        self._stream.output_waited_seconds += time.perf_counter() - started
+
+    def publish(self) -> Report:
+        """Complete the folder and give it its name, once all tensors were merged.
+
+        Raises CheckpointError where an input changed meanwhile.
+        """
+        self.flush()
+        self._reading.close()
+        _refuse_changed(self._planned, self._storage, self._writer)
+        report = self._report(time.perf_counter() - self._started)
+        self._writer.publish({**self._beside, REPORT_NAME: report.to_json().encode()})
+        _remember_rates(self._planned, report)
+        return report
+
+    def _report(self, wall_seconds: float) -> Report:
+        planned, stream, writer = self._planned, self._stream, self._writer
+        return Report(
+            out=self._out,
+            recipe=planned.recipe.to_dict(),
+            tensors=tuple(writer.outcomes[step.name] for step in planned.steps),
+            checksums=writer.checksums,
+            read_bytes=stream.ahead.read_bytes,
+            written_bytes=planned.layout.total_bytes,
+            resumed_tensors=len(self._resumed),
+            memory={
+                "budget": planned.memory.budget_bytes,
+                "planned": planned.memory.peak_bytes,
+                **stream.memory_facts(),
+            },
+            seconds=Seconds(
+                wall=wall_seconds,
+                waiting_for_input=stream.ahead.waited_seconds,
+                waiting_for_output=stream.output_waited_seconds,
+                reading=stream.ahead.busy_seconds,
+                writing=writer.busy_seconds,
+            ),
+            versions=_versions(),
+            experts=len(planned.recipe.experts),
+            inputs=tuple({"location": model.location, "files": weight_files(model)} for model in planned.models),
+            max_shard_bytes=planned.max_shard_bytes,
+            device=planned.device,
+        )
+
+
+def _last_of_steps(planned: Plan, done: Container[str]) -> set[str]:
+    """Of each pool of tensors that are merged together, and of each other tensor, the last that is still to come."""
+    last = {step.pool or step.name: step.name for step in planned.steps if step.name not in done}
+    return set(last.values())
+
+
+def _refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
+    """Publish nothing of files that were written to while they were read: some bytes may be old, some new."""
+    changes = [line for model in planned.models for line in changed_files(storage, model)]
+    if not changes:
+        return
+    writer.distrust()
+    raise CheckpointError(
+        f"inputs changed during the merge:{listed(changes)}",
+        hint=f"Nothing was published. Restore the files as they were and pass `--resume`, which merges all again, "
+        f"or delete {quoted(writer.partial)} and begin anew.",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("streammerge", "torch", "safetensors"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _remember_rates(planned: Plan, report: Report) -> None:
+    seconds = report.seconds
+    # a resumed or tiny merge says little about this machine
+    if report.resumed_tensors or planned.read_bytes < _TELLING_BYTES:
+        return
+    save_rates(
+        planned.rates_key,
+        Rates(
+            report.read_bytes / max(seconds.reading, 1e-9),
+            report.written_bytes / max(seconds.writing, 1e-9),
+            planned.flops / max(seconds.computing, 1e-9),
+        ),
+    )

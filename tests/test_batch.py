@@ -1,0 +1,308 @@
+"""Batches: many merges in one process, each as it would be alone, none lost, only the best kept."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import streammerge
+from streammerge import api
+from streammerge.batching import read_night
+from streammerge.batching.keeping import Folders
+from streammerge.batching.ledger import Ledger
+from streammerge.errors import EvaluationError, OutputError, RecipeError
+from streammerge.storage.shared import CHUNK_BYTES, SharedStorage
+from tests.models import llama_tensors, recipe_of, save_model, tuned
+from tests.stored import MemoryStorage, digests
+
+# the score of a model is the length of its folder's name
+_PROGRAM = 'import json, os, sys; print(json.dumps({"size": len(os.path.basename(sys.argv[1]))}))'
+SCORE = f"{sys.executable} -c '{_PROGRAM}' {{model}}"
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Path]:
+    base = llama_tensors()
+    models = {"base": base, "one": tuned(base, 1), "two": tuned(base, 2)}
+    return {name: save_model(tmp_path / name, tensors) for name, tensors in models.items()}
+
+
+def write_night(folder: Path, jobs: list[dict[str, object]], **more: object) -> Path:
+    path = folder / "night.yaml"
+    path.write_text(yaml.safe_dump({"out": str(folder / "night"), "jobs": jobs, **more}))
+    return path
+
+
+def grid(family: dict[str, Path]) -> dict[str, object]:
+    axes = {"merge_method": ["actmat", "wudi"], "parameters.ridge": [0.01, 0.1, 1.0]}
+    return {"name": "g", "recipe": recipe_of(family), "grid": axes}
+
+
+def test_a_grid_is_every_combination_of_its_values(family, tmp_path):
+    night = read_night(write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "ties")}]))
+    assert [job.name for job in night.jobs] == [
+        "g-merge_method=actmat-ridge=0.01", "g-merge_method=actmat-ridge=0.1", "g-merge_method=actmat-ridge=1.0",
+        "g-merge_method=wudi-ridge=0.01", "g-merge_method=wudi-ridge=0.1", "g-merge_method=wudi-ridge=1.0", "ties",
+    ]  # fmt: skip
+    assert night.jobs[4].recipe.method == "wudi"
+    assert night.jobs[4].recipe.to_dict()["parameters"] == {"ridge": 0.1}
+
+
+def test_every_merge_of_a_batch_is_what_it_is_alone(family, tmp_path):
+    path = write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "ties", parameters={"density": 0.3})}])
+    outcome = api.batch(path)
+    assert not outcome.failed
+    for job in read_night(path).jobs:
+        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
+        assert digests(tmp_path / "night" / job.name) == digests(tmp_path / "alone" / job.name)
+
+
+def test_jobs_of_the_same_models_read_them_once(family, tmp_path, monkeypatch):
+    read: list[SharedStorage] = []
+    before = SharedStorage.__init__
+
+    def noted(self: SharedStorage, *arguments: object) -> None:
+        before(self, *arguments)  # type: ignore[arg-type]
+        read.append(self)
+
+    monkeypatch.setattr(SharedStorage, "__init__", noted)
+    api.batch(write_night(tmp_path, [grid(family)]))
+    stored = sum(path.stat().st_size for name in family for path in family[name].glob("*.safetensors"))
+    assert len(read) == 1
+    assert read[0].read_bytes <= stored
+
+
+def test_a_failing_job_keeps_no_other_from_running_and_is_tried_again(family, tmp_path):
+    missing = {**recipe_of(family), "models": [{"model": str(tmp_path / "later")}]}
+    path = write_night(tmp_path, [{"name": "late", "recipe": missing}, {"recipe": recipe_of(family, "linear")}])
+    outcome = api.batch(path)
+    assert outcome.done == ["linear"]
+    assert "does not exist" in outcome.failed["late"].message
+    save_model(tmp_path / "later", tuned(llama_tensors(), 3))
+    outcome = api.batch(path)
+    assert outcome.done == ["linear", "late"]
+    statuses = [json.loads(line)["status"] for line in (tmp_path / "night" / "results.jsonl").read_text().splitlines()]
+    assert statuses == ["failed", "merged", "merged"]
+
+
+def test_a_job_that_fails_while_others_of_its_group_run_leaves_them_alone(family, tmp_path):
+    poisoned = tuned(llama_tensors(), 4)
+    name = max(poisoned, key=lambda each: poisoned[each].numel())
+    poisoned[name].view(-1)[7] = float("nan")
+    family = {**family, "two": save_model(tmp_path / "poisoned", poisoned)}
+    passing = {**recipe_of(family, "linear"), "non_finite": "pass", "name": "passing"}
+    outcome = api.batch(write_night(tmp_path, [{"recipe": recipe_of(family)}, {"recipe": passing}]))
+    assert outcome.done == ["passing"]
+    assert name in outcome.failed["actmat"].message
+    assert streammerge.verify(tmp_path / "night" / "passing").tensors
+
+
+def test_stopping_leaves_what_running_again_finishes(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)])
+    asked = iter([False] * 5 + [True] * 1000)
+    outcome = api.batch(path, stopped=lambda: next(asked))
+    assert outcome.stopped
+    assert not outcome.done
+    outcome = api.batch(path)
+    assert len(outcome.done) == 6
+    for job in read_night(path).jobs:
+        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
+        assert digests(tmp_path / "night" / job.name) == digests(tmp_path / "alone" / job.name)
+
+
+def test_running_a_finished_batch_again_does_nothing(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)], evaluate={"command": SCORE})
+    api.batch(path)
+    told: list[str] = []
+    before = (tmp_path / "night" / "results.jsonl").read_bytes()
+    outcome = api.batch(path, tell=lambda name, text: told.append(text))
+    assert len(outcome.done) == 6
+    assert not told
+    assert (tmp_path / "night" / "results.jsonl").read_bytes() == before
+
+
+def test_only_the_best_are_kept_and_the_others_metrics_stay(family, tmp_path):
+    # the score is the length of the name
+    path = write_night(
+        tmp_path, [grid(family)], evaluate={"command": SCORE}, keep={"best": 2, "by": "command.size", "order": "min"}
+    )
+    outcome = api.batch(path)
+    assert len(outcome.done) == 6
+    left = sorted(each.name for each in (tmp_path / "night").iterdir() if each.is_dir())
+    assert left == ["g-merge_method=wudi-ridge=0.1", "g-merge_method=wudi-ridge=1.0"]
+    with Ledger(str(tmp_path / "night")) as ledger:
+        entries = [ledger.last(job) for job in read_night(path).jobs]
+    assert [entry.status for entry in entries if entry].count("deleted") == 4
+    assert all(entry is not None and entry.metrics for entry in entries)
+    assert api.batch(path).done
+    assert sorted(each.name for each in (tmp_path / "night").iterdir() if each.is_dir()) == left
+
+
+def test_nothing_is_deleted_by_a_metric_that_is_not_there(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)], evaluate={"command": SCORE}, keep={"best": 1, "by": "acc"})
+    with pytest.raises(EvaluationError, match="has no metric `acc`"):
+        api.batch(path)
+    assert not list((tmp_path / "night").glob(".*deleted"))
+
+
+def test_a_deletion_that_a_crash_cut_short_is_finished(family, tmp_path):
+    path = write_night(tmp_path, [{"recipe": recipe_of(family, "linear")}], evaluate={"command": SCORE}, keep="none")
+    (job,) = read_night(path).jobs
+    streammerge.merge(job.recipe, tmp_path / "night" / "linear")
+    with Ledger(str(tmp_path / "night")) as ledger:
+        ledger.note(job, "deleted")
+    api.batch(path)
+    assert not (tmp_path / "night" / "linear").exists()
+
+
+def test_what_is_not_a_merge_of_the_batch_is_neither_taken_nor_deleted(family, tmp_path):
+    path = write_night(tmp_path, [{"recipe": recipe_of(family, "linear")}])
+    for stranger in ("notes", "another"):
+        folder = tmp_path / "night" / "linear"
+        if stranger == "notes":
+            folder.mkdir(parents=True)
+            (folder / "notes.txt").write_text("mine")
+        else:
+            (folder / "notes.txt").unlink()
+            streammerge.merge(recipe_of(family, "ties"), folder)
+        with pytest.raises(OutputError, match="no merge" if stranger == "notes" else "another recipe"):
+            api.batch(path)
+    with Ledger(str(tmp_path / "night")) as ledger, pytest.raises(OutputError):
+        Folders(read_night(path), ledger).delete(read_night(path).jobs[0])
+
+
+def test_two_batches_never_share_a_folder(family, tmp_path):
+    path = write_night(tmp_path, [{"recipe": recipe_of(family, "linear")}])
+    with Ledger(str(tmp_path / "night")), pytest.raises(OutputError, match="another process"):
+        api.batch(path)
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[1]", '{"job": 1}', '{"job": "a", "status": "x"}', '{"job": "a", "status": "merged", "metrics": 3}']
+)
+def test_a_ledger_that_no_batch_wrote_is_refused(tmp_path, line):
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(OutputError, match=r"results\.jsonl"):
+        Ledger(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"jobs": []}, "no job"),
+        ({"jobs": [{"name": "a"}]}, "`recipe` is missing"),
+        ({"jobs": [{"recipe": "nowhere.yaml"}]}, "does not exist"),
+        ({"keep": {"best": 1, "by": "x"}}, "nothing evaluates"),
+        ({"keep": "some"}, "`all` or `none`"),
+        ({"evaluate": {"command": "run it"}}, "says nowhere what"),
+        ({"evaluate": {}}, "names no harness"),
+        ({"grid": 3}, "unknown"),
+    ],
+)
+def test_a_wrong_batch_is_refused_by_its_line(family, tmp_path, change, message):
+    path = write_night(tmp_path, **{"jobs": [{"recipe": recipe_of(family, "linear")}], **change})
+    with pytest.raises(RecipeError, match=message):
+        read_night(path)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"parameters.rigde": [1.0]}, "unknown parameter"),
+        ({"parameters.ridge": []}, "none of them empty"),
+        ({"models.7.model": ["x"]}, "no number from 0 to 1"),
+        ({"merge_method.x": [1]}, "no parts"),
+        ({"parameters.ridge": [0.1, 0.1]}, "2 jobs are called"),
+    ],
+)
+def test_a_wrong_grid_is_refused_by_its_line(family, tmp_path, axes, message):
+    with pytest.raises(RecipeError, match=message):
+        read_night(write_night(tmp_path, [{**grid(family), "grid": axes}]))
+
+
+def test_names_of_folders_hold_nothing_that_leads_elsewhere(family, tmp_path):
+    night = read_night(write_night(tmp_path, [{"name": "../../etc/x y", "recipe": recipe_of(family)}]))
+    assert night.jobs[0].name == "etc-x-y"
+
+
+def test_the_outline_plans_and_merges_nothing(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)])
+    groups, failed = api.outline(path)
+    assert not failed
+    assert [len(group.jobs) for group in groups] == [6]
+    assert not (tmp_path / "night").exists()
+
+
+def test_a_small_budget_runs_fewer_jobs_side_by_side(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)])
+    groups, _ = api.outline(path, memory="640MiB")
+    assert 1 < len(groups) < 6
+    for group in groups:
+        slots = sum(p.memory.peak_bytes - p.memory.workspace_bytes - p.memory.reserve_bytes for p in group.plans)
+        steps = max(p.memory.workspace_bytes + p.memory.reserve_bytes for p in group.plans)
+        assert slots + steps + group.kept_bytes <= 640 << 20
+
+
+def test_what_is_kept_of_files_is_bounded_and_read_again_when_gone():
+    storage = MemoryStorage({"m": {"w": torch.arange(4 * CHUNK_BYTES // 4, dtype=torch.float32)}})
+    shared = SharedStorage(storage, 2 * CHUNK_BYTES)
+    file, data = shared.open("m", "model.safetensors"), storage.contents["m"]["model.safetensors"]
+    for offset, nbytes in ((0, 100), (50, CHUNK_BYTES), (0, len(data)), (len(data) - 3, 3), (7, 2 * CHUNK_BYTES)):
+        buffer = memoryview(bytearray(nbytes))
+        assert bytes(file.fetch(offset, nbytes, buffer)) == data[offset : offset + nbytes]
+    assert shared.read_bytes > len(data)
+    file.close()
+
+
+def test_the_readers_of_a_chunk_that_cannot_be_read_all_hear_of_it():
+    storage = MemoryStorage({"m": {"w": torch.zeros(4)}})
+    storage.fail_at = 0
+    file = SharedStorage(storage, CHUNK_BYTES).open("m", "model.safetensors")
+    with pytest.raises(OSError, match="Input/output error"):
+        file.fetch(0, 8, memoryview(bytearray(8)))
+    storage.fail_at = None
+    assert len(file.fetch(0, 8, memoryview(bytearray(8)))) == 8
+
+
+def run_until(path: Path, seconds: float, stop: signal.Signals) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streammerge", "batch", str(path), "--quiet"], stderr=subprocess.DEVNULL
+    )
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    process.send_signal(stop)
+    return process.wait(120)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_batch_killed_again_and_again_ends_as_one_that_was_not(family, tmp_path, kills):
+    options = {"evaluate": {"command": SCORE}, "keep": {"best": 3, "by": "command.size"}}
+    path = write_night(tmp_path, [grid(family)], **options)
+    chance = random.Random(kills)
+    for _ in range(kills):
+        run_until(path, chance.uniform(1.0, 5.0), signal.SIGKILL)
+    assert api.batch(path).failed == {}
+    (tmp_path / "whole").mkdir()
+    whole = write_night(tmp_path / "whole", [grid(family)], **options)
+    api.batch(whole)
+    found, expected = tmp_path / "night", tmp_path / "whole" / "night"
+    assert sorted(each.name for each in found.iterdir()) == sorted(each.name for each in expected.iterdir())
+    for folder in (each for each in expected.iterdir() if each.is_dir()):
+        assert digests(found / folder.name) == digests(folder)
+
+
+def test_an_interrupted_command_says_how_to_go_on(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)])
+    code = run_until(path, 2.0, signal.SIGINT)
+    assert code in (0, 130)
+    assert run_until(path, 120, signal.SIGINT) == 0
+    assert len(list((tmp_path / "night").glob("g-*"))) == 6

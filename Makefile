@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= bench/results
 
-.PHONY: help demo test test-long test-parity fuzz lint bench gpu clean
+.PHONY: help demo test test-long test-parity test-harness fuzz lint bench gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -44,6 +44,17 @@ test-long: .venv/dev  ## the tests that take minutes, with their progress; ONLY=
 
 test-parity: .venv/dev .cache/mergekit-venv/ready  ## mergekit's recipes give what mergekit gives
 	$(BIN)/pytest -m parity
+
+# an environment of its own: the harness brings much that nothing else here needs
+.cache/harness-venv/ready: constraints.txt
+	$(PYTHON) -m venv --clear .cache/harness-venv
+	.cache/harness-venv/bin/pip install --quiet --upgrade pip -c constraints.txt
+	.cache/harness-venv/bin/pip install --quiet -c constraints.txt torch
+	.cache/harness-venv/bin/pip install --quiet -c constraints.txt "lm-eval[hf]==0.4.13" -e .
+	@touch $@
+
+test-harness: .venv/dev .cache/harness-venv/ready  ## merged models run in the lm-evaluation-harness
+	$(BIN)/pytest -m harness
 
 # what reads text from outside needs little, and atheris need not fit what we have
 .cache/fuzz-venv/ready: constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from streammerge.api import batch, capture, inspect, merge, plan, verify
+from streammerge.api import batch, capture, evaluate, inspect, merge, plan, verify
 from streammerge.errors import StreamMergeError
 from streammerge.recipe import Recipe
 
@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from streammerge.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Recipe", "Report", "StreamMergeError", "batch", "capture", "inspect", "merge", "plan", "verify"]
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Report",
+    "StreamMergeError",
+    "batch",
+    "capture",
+    "evaluate",
+    "inspect",
+    "merge",
+    "plan",
+    "verify",
+]
 
 _LAZY = {"Plan": "streammerge.plan", "Report": "streammerge.report"}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge import devices
 from streammerge.budget import available_memory_bytes, parse_bytes
 from streammerge.checkpoint import Storage
-from streammerge.errors import StreamMergeError
+from streammerge.errors import StreamMergeError, quoted
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import refuse_taken, refuse_unready
 from streammerge.plan import Plan, make_plan
@@ -154,6 +155,27 @@ def verify(
         seed=seed,
         memory_bytes=None if memory is None else parse_bytes(memory),
     )
+
+
+def evaluate(out: str | os.PathLike[str], asked: Mapping[str, object]) -> dict[str, dict[str, float]]:
+    """Evaluate a model folder, write `results.json` into it, and return the numbers by task and metric.
+
+    asked  what a batch file's `evaluate` says: `tasks` and more for the lm-evaluation-harness, or a `command`; entries
+           that are None do not count
+
+    See `streammerge.evaluation`. Raises RecipeError for what cannot be asked, EvaluationError where a harness fails.
+    """
+    from streammerge.evaluation import evaluate as evaluated
+    from streammerge.evaluation import read_evaluation
+    from streammerge.located_yaml import wrap
+
+    given = {key: value for key, value in asked.items() if value is not None}
+    folder = Path(os.path.abspath(out))
+    if not folder.is_dir():
+        raise StreamMergeError(f"{quoted(out)} is no folder", hint="Name the folder of a merged model.")
+    return {
+        task: dict(metrics) for task, metrics in evaluated(folder, read_evaluation(wrap(given, "evaluate"))).items()
+    }
 
 
 def batch(

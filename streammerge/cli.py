@@ -289,6 +289,76 @@ def capture(
 @cli.command(
     epilog="""\b
 Examples:
+  streammerge evaluate out --tasks arc_easy,hellaswag --limit 200
+  streammerge evaluate out --tasks mine --include-path tasks --offline --python ~/harness/bin/python
+  streammerge evaluate out --command "lighteval accelerate model_name={model} …"
+
+The numbers go to OUT/results.json. A command ends with a line of JSON, such as {"accuracy": 0.5}, or
+writes it to the file {results}."""
+)
+@click.argument("out")
+@click.option("--tasks", metavar="NAMES", help="Tasks of the lm-evaluation-harness, with commas between them.")
+@click.option("--include-path", metavar="DIR", help="Folder of task files.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use N samples of each task. Default: all.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in the prompt. Default: a task's."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", default=8, help="Samples to run together. Default: 8."
+)
+@click.option("--dtype", metavar="NAME", default="auto", help="Such as float32. Default: auto, the model's.")
+@click.option("--chat-template", is_flag=True, help="Put prompts into the model's chat template.")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option("--python", metavar="FILE", help="Interpreter that has lm-eval. Default: this one.")
+@click.option("--command", metavar="TEXT", help="Another harness, with {model} where the folder goes.")
+@click.option("--timeout", type=click.FloatRange(min=0.0), metavar="SECONDS", help="Give up after so long.")
+@device_option
+@json_option
+def evaluate(
+    out: str,
+    tasks: str | None,
+    include_path: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    dtype: str,
+    chat_template: bool,
+    offline: bool,
+    python: str | None,
+    command: str | None,
+    timeout: float | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Evaluate a merged folder with a harness."""
+    if (tasks is None) == (command is None):
+        raise click.UsageError("expected either --tasks or --command")
+    asked: dict[str, object] = {"command": command}
+    if tasks is not None:
+        asked = {
+            "tasks": [task.strip() for task in tasks.split(",") if task.strip()],
+            "include_path": include_path,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "device": device,
+            "apply_chat_template": chat_template,
+            "offline": offline,
+            "python": python,
+        }
+    results = api.evaluate(out, {**asked, "timeout_seconds": timeout})
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            click.echo(f"{escaped(task)}  {escaped(metric)}  {value:.6g}")
+
+
+@cli.command(
+    epilog="""\b
+Examples:
   streammerge batch night.yaml --dry-run
   streammerge batch night.yaml --memory 8GiB
 

@@ -13,6 +13,7 @@ LAYERS = (
     "__main__",
     "cli",
     "progress",
+    "lm_eval",
     "__init__",
     "api",
     "batching",

@@ -27,7 +27,8 @@ def fresh_python(code: str) -> str:
 
 def test_the_public_names_are_these():
     assert streammerge.__all__ == [
-        "Plan", "Recipe", "Report", "StreamMergeError", "batch", "capture", "inspect", "merge", "plan", "verify",
+        "Plan", "Recipe", "Report", "StreamMergeError",
+        "batch", "capture", "evaluate", "inspect", "merge", "plan", "verify",
     ]  # fmt: skip
 
 

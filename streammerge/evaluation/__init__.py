@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import EvaluationError, quoted
-from streammerge.evaluation import command
+from streammerge.evaluation import command, harness
 from streammerge.located_yaml import Located
 
 RESULTS_NAME = "results.json"
@@ -28,10 +28,15 @@ class Evaluation:
 
 def read_evaluation(node: Located) -> Evaluation:
     """What `evaluate` in a batch says. Raises RecipeError with the line."""
-    fields = node.fields(("command", "timeout_seconds"))
-    if "command" not in fields:
-        raise node.error("`evaluate` names no harness", "Set `command`, with {model} where the folder goes.")
+    fields = node.fields(("command", "timeout_seconds", *harness.KEYS))
     timeout = fields["timeout_seconds"].number() if "timeout_seconds" in fields else None
+    if ("command" in fields) == ("tasks" in fields):
+        found = "names two harnesses" if "tasks" in fields else "names no harness"
+        hint = "Set `tasks` for the lm-evaluation-harness, or `command` with {model} where the folder goes."
+        raise node.error(f"`evaluate` {found}", hint)
+    if "tasks" in fields:
+        asked = harness.read_harness(fields)
+        return Evaluation(run=lambda model: asked.run(model, timeout_seconds=timeout))
     words = command.words_of(fields["command"])
     return Evaluation(run=lambda model: command.run(words, model, timeout_seconds=timeout))
 

@@ -12,6 +12,9 @@ from typing import Any
 from streammerge.checkpoint import Checkpoint, Storage, parse_json
 from streammerge.errors import PlanError, escaped, quoted
 from streammerge.plan import Plan
+from streammerge.token_rules import UNION
+from streammerge.tokenizer_files import config_with, tokenizer_files_with
+from streammerge.vocabulary import Vocabulary
 
 REPORT_NAME = "streammerge.json"
 CARD_NAME = "README.md"
@@ -30,13 +33,15 @@ _WEIGHTS_ENDINGS = (
     ".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".onnx", ".partial",
     ".pickle", ".pkl", ".pt", ".pth", ".safetensors",
 )  # fmt: skip
+_ID_FILES = ("config.json", "generation_config.json")
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
     """Every file beside the weights but the report, by name. Read as data; nothing in them is run.
 
-    The tokenizer is `tokenizer_source`'s, all else the base's (the first expert's without a base).
+    The tokenizer is `tokenizer_source`'s, with the tokens that a union adds; all else is the base's (the first
+    expert's without a base), with that vocabulary's size and ids.
     Raises PlanError when the recipe asks for a tokenizer or a chat template that is not there.
     """
     reference, tokenizer = plan.models[0], _model(plan, plan.recipe.tokenizer_source)
@@ -53,6 +58,9 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
     }
     if "config.json" in files:
         files["config.json"] = _config(plan, reference.config)
+    if plan.vocabulary:
+        files |= tokenizer_files_with(plan.vocabulary, files)
+        files |= _renumbered(plan.vocabulary, files, tokenizer.config)
     _set_template(plan, storage, files)
     files[CARD_NAME] = _card(plan).encode()
     return files
@@ -64,7 +72,7 @@ def fingerprint_of(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def _model(plan: Plan, source: str | None) -> Checkpoint:
-    if source in (None, "base"):
+    if source in (None, "base", UNION):
         return plan.models[0]
     return next(model for model in plan.models if model.location == source)
 
@@ -99,6 +107,16 @@ def _config(plan: Plan, config: Mapping[str, Any]) -> bytes:
         if code is not None and key in written:
             written[key] = _DTYPE_NAMES[code]
     return _json_text(written)
+
+
+def _renumbered(vocabulary: Vocabulary, files: Mapping[str, bytes], chosen: Mapping[str, Any]) -> dict[str, bytes]:
+    """config.json and generation_config.json with the ids and the size of another vocabulary."""
+    tables = {name: parse_json(files[name], quoted(name)) for name in _ID_FILES if name in files}
+    return {
+        name: _json_text(config_with(vocabulary, table, chosen))
+        for name, table in tables.items()
+        if isinstance(table, dict)
+    }
 
 
 def _json_text(table: Mapping[str, Any]) -> bytes:

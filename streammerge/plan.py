@@ -26,6 +26,7 @@ from streammerge.rates import load_rates
 from streammerge.recipe import Past, Recipe, Rule
 from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
 from streammerge.step import COPY, Step, stacked
+from streammerge.vocabulary import VOCABULARIES_HINT, Vocabulary, differ_by_vocabulary, united
 
 FALLBACK = "linear"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -37,6 +38,7 @@ class Plan:
 
     models  the base, if the recipe names one, then the experts, then what lies beside them
     names   what messages call them
+    vocabulary  the output's, where that is not what all models have
     device, device_memory  where the arithmetic runs; None where that is in host memory, as part of `memory`
     """
 
@@ -50,6 +52,7 @@ class Plan:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     device: str = "cpu"
     device_memory: DeviceMemoryPlan | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -86,6 +89,7 @@ class Plan:
             # another kind of device rounds otherwise
             "device": self.device.partition(":")[0],
             "models": {name: weight_files(model) for name, model in zip(self.names, self.models, strict=True)},
+            **({"vocabulary": self.vocabulary.digest} if self.vocabulary else {}),
             "shards": {shard.file: hashlib.sha256(shard.header).hexdigest() for shard in self.layout.shards},
         }
 
@@ -140,6 +144,7 @@ def make_plan(
     names = recipe.names
     models = tuple(open_model(storage, location) for location in recipe.locations[: len(names)])
     _refuse_quantised(models, names)
+    models, vocabulary, remarks = united(recipe, models, names, storage)
     _refuse_differences(models, names)
     _refuse_part_of_the_layers(recipe, models[0], names[0])
     experts = range(1 if recipe.base else 0, len(models))
@@ -158,12 +163,13 @@ def make_plan(
         steps=steps,
         layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
         memory=memory,
-        warnings=tuple(recipe.warnings) + _warnings(recipe, models, names, steps),
+        warnings=tuple(recipe.warnings) + remarks + _warnings(recipe, models, names, steps),
         max_shard_bytes=max_shard_bytes,
         device=device,
         device_memory=None
         if device_memory_bytes is None
         else fit_device_memory(steps, device_memory_bytes, memory.slot_bytes),
+        vocabulary=vocabulary,
     )
 
 
@@ -204,7 +210,9 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
     if found:
         raise PlanError(
             f"the models do not fit together: {len(found)} difference{'s' if len(found) > 1 else ''}{listed(found)}",
-            hint="The models must share an architecture and a vocabulary. "
+            hint=VOCABULARIES_HINT
+            if differ_by_vocabulary(models)
+            else "The models must share an architecture and a vocabulary. "
             f"`{escaped(shlex.join(['streammerge', 'inspect', *(m.location for m in models)]))}` "
             "shows them side by side.",
         )
@@ -420,7 +428,7 @@ def _warnings(
             f"{len(by_guess)} tensor(s) such as {quoted(by_guess[0])} of unknown name have the class "
             "that their shape suggests: a rule can say otherwise"
         )
-    if recipe.chat_template is None and recipe.tokenizer_source in (None, "base"):
+    if recipe.chat_template is None and recipe.tokenizer_source in (None, "base", "union"):
         with_template = [n for m, n in zip(models, names, strict=True) if "chat_template.jinja" in m.files]
         if with_template and names[0] not in with_template:
             found.append(

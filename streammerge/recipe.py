@@ -19,6 +19,7 @@ from streammerge.located_yaml import Located, did_you_mean, nearest
 from streammerge.methods import Method, Parameter
 from streammerge.settings import Setting, read_setting, required
 from streammerge.slices import NOT_WHOLE, WHOLE_HINT, listed_models
+from streammerge.token_rules import UNION, TokenRule, read_multiple, read_token_rules
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -66,6 +67,7 @@ class Recipe:
     layers  how many each model must have, where the recipe lists them as one slice over all of their layers
     non_finite  refuse: a NaN or an infinity ends the merge; pass: methods that merge each element by itself let those
             of the inputs through, and all methods what the output's dtype cannot hold
+    tokens, pad_to_multiple_of  of the vocabulary that `tokenizer_source` names: rows of single tokens, rows in all
     past    of a recipe that was read from a report: the merge that it reproduces
     """
 
@@ -80,6 +82,8 @@ class Recipe:
     non_finite: NonFinite = "refuse"
     seed: int = 0
     tokenizer_source: str | None = None
+    tokens: tuple[TokenRule, ...] = ()
+    pad_to_multiple_of: int | None = None
     chat_template: str | None = None
     name: str | None = None
     layers: int | None = None
@@ -163,10 +167,17 @@ class Recipe:
             "rounding": None if self.rounding == "nearest" else self.rounding,
             "non_finite": None if self.non_finite == "refuse" else self.non_finite,
             "seed": self.seed or None,
-            "tokenizer_source": self.tokenizer_source,
+            **self._plain_tokenizer(),
             "chat_template": self.chat_template,
         }
         return _plain(**plain)
+
+    def _plain_tokenizer(self) -> dict[str, object]:
+        if not self.tokens and self.pad_to_multiple_of is None:
+            return {"tokenizer_source": self.tokenizer_source}
+        tokens = {rule.token: rule.to_plain() for rule in self.tokens}
+        multiple = self.pad_to_multiple_of
+        return {"tokenizer": _plain(source=self.tokenizer_source, tokens=tokens, pad_to_multiple_of=multiple)}
 
     def _plain_expert(self, expert: Expert) -> dict[str, object]:
         beside = {str(methods.describe(self.method).beside): expert.beside}
@@ -329,14 +340,10 @@ _KEYS = (
 _DAMAGED_REPORT = "The report is damaged, or was written by hand. Write the recipe as YAML instead."
 _ADAPTER = "{} adds a LoRA adapter in mergekit; streammerge takes models as they are"
 _ADAPTER_HINT = "Merge the adapter into its model first and name the result."
-_VOCABULARY = "{} changes the vocabulary in mergekit; streammerge keeps one model's tokenizer"
 _MERGEKIT_KEYS = {"modules": (NOT_WHOLE.format("`modules`"), WHOLE_HINT)}
 _MERGEKIT_MODEL_KEYS = {
     "layer_range": (NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
     "lora": (_ADAPTER.format("`lora`"), _ADAPTER_HINT),
-}
-_MERGEKIT_TOKENIZER_KEYS = {
-    key: (_VOCABULARY.format(quoted(key)), "Remove it.") for key in ("tokens", "pad_to_multiple_of")
 }
 _MERGEKIT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 # parameters that mergekit takes and that change no result: of every method, and of some
@@ -362,6 +369,7 @@ class _Reader:
 
     def recipe(self, written: str | None) -> Recipe:
         parameters = self.parameters(self.fields.get("parameters"), self.method)
+        tokenizer_source, tokens, multiple = self.tokenizer()
         self.warn_of_unmerged_base(parameters)
         return Recipe(
             method=self.method.name,
@@ -374,7 +382,9 @@ class _Reader:
             rounding=self.optional("rounding", _rounding) or "nearest",
             non_finite=self.optional("non_finite", _non_finite) or "refuse",
             seed=self.optional("seed", _seed) or 0,
-            tokenizer_source=self.tokenizer_source(),
+            tokenizer_source=tokenizer_source,
+            tokens=tokens,
+            pad_to_multiple_of=multiple,
             chat_template=self.optional("chat_template", self.chat_template),
             name=self.optional("name", Located.text),
             layers=self.layers,
@@ -493,19 +503,28 @@ class _Reader:
             raise fields["parameters"].error("`parameters` beside `keep`, which has none", "Remove them.")
         return Rule(match=match, keep_base=True)
 
-    def tokenizer_source(self) -> str | None:
+    def tokenizer(self) -> tuple[str | None, tuple[TokenRule, ...], int | None]:
+        """Whose vocabulary the output has, the rules for single tokens, and what its rows are a multiple of."""
         node = self.fields.get("tokenizer_source")
-        if "tokenizer" in self.fields:
-            tokenizer = self.fields["tokenizer"]
-            if node:
-                raise tokenizer.error("`tokenizer` and `tokenizer_source` say the same thing twice", "Keep one.")
-            node = required(tokenizer.fields(("source",), _MERGEKIT_TOKENIZER_KEYS), "source", tokenizer)
-        if node is None:
-            return None
-        if node.value == "union":
-            message = f"`{node.key}: union` needs a new vocabulary; this version takes equal vocabularies"
-            raise node.error(message, "Name `base` or one of the models, if their vocabularies are equal.")
-        return self.model(node, "`base` or a model of this recipe", ("base",))
+        if "tokenizer" not in self.fields:
+            return None if node is None else self.vocabulary_of(node), (), None
+        tokenizer = self.fields["tokenizer"]
+        if node:
+            raise tokenizer.error("`tokenizer` and `tokenizer_source` say the same thing twice", "Keep one.")
+        fields = tokenizer.fields(("source", "tokens", "pad_to_multiple_of"))
+        source = self.vocabulary_of(fields["source"]) if "source" in fields else UNION
+        tokens = read_token_rules(fields["tokens"], self.token_model) if "tokens" in fields else ()
+        multiple = read_multiple(fields["pad_to_multiple_of"]) if "pad_to_multiple_of" in fields else None
+        return source, tokens, multiple
+
+    def vocabulary_of(self, node: Located) -> str:
+        if node.value == UNION:
+            return UNION
+        return self.model(node, "`base`, `union` or a model of this recipe", ("base", UNION))
+
+    def token_model(self, node: Located) -> str:
+        found = self.model(node, "a model of this recipe", ("base",))
+        return str(self.base) if found == "base" else found
 
     def chat_template(self, node: Located) -> str:
         text = node.text("text")

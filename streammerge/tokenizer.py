@@ -16,7 +16,7 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": T
 """What tokenizers assume of an added token of which nothing is said."""
 
 _UNREADABLE = "The file is damaged. Fetch it again."
-_AS_FAST = "Save it as `tokenizer.json`: load it with transformers' `AutoTokenizer`, then `save_pretrained`."
+AS_FAST_HINT = "Save it as `tokenizer.json`: load it with transformers' `AutoTokenizer`, then `save_pretrained`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,34 +34,37 @@ class Tokenizer:
 
 
 def tokenizer_bytes(storage: Storage, model: Checkpoint) -> tuple[bytes, ...]:
-    """The files that `parse_tokenizer` reads, as they are; none for a model without a tokenizer.
-
-    Raises PlanError for a tokenizer in another format.
-    """
+    """What tells one model's tokenizer from another's: its files as they are; none for a model without one."""
     if FAST_NAME in model.files:
         return (_read(storage, model, FAST_NAME),)
     if WORDS_NAME in model.files:
         return tuple(_read(storage, model, name) for name in (WORDS_NAME, ADDED_NAME) if name in model.files)
-    others = [name for name in model.files if name == "vocab.txt" or name.endswith((".model", ".tiktoken"))]
-    if others:
-        raise PlanError(
-            f"{quoted(model.location)} has its tokenizer in {quoted(others[0])} only, "
-            f"but a changed vocabulary needs {quoted(FAST_NAME)}",
-            hint=_AS_FAST,
-        )
-    return ()
+    return tuple(_read(storage, model, name) for name in _others(model))
 
 
 def parse_tokenizer(model: Checkpoint, contents: tuple[bytes, ...]) -> Tokenizer:
-    """A tokenizer from its files. Raises CheckpointError unless every token has one id and every id one token."""
+    """A tokenizer from its files.
+
+    Raises CheckpointError unless every token has one id and every id one token, PlanError for another format.
+    """
     if FAST_NAME in model.files:
         return _fast(parse_json(contents[0], _label(model, FAST_NAME)), _label(model, FAST_NAME))
+    if WORDS_NAME not in model.files:
+        raise PlanError(
+            f"{quoted(model.location)} has its tokenizer in {quoted(_others(model)[0])} only, "
+            f"and tokens are matched by {quoted(FAST_NAME)}",
+            hint=AS_FAST_HINT,
+        )
     label = _label(model, WORDS_NAME)
     ids = _checked_ids(parse_json(contents[0], label), label)
     added: dict[str, int] = {}
     if len(contents) > 1:
         added = _checked_ids(parse_json(contents[1], _label(model, ADDED_NAME)), _label(model, ADDED_NAME))
     return Tokenizer(ids=_joined(ids, added.items(), label), added=dict.fromkeys(added, FLAGS))
+
+
+def _others(model: Checkpoint) -> list[str]:
+    return [name for name in model.files if name == "vocab.txt" or name.endswith((".model", ".tiktoken"))]
 
 
 def _fast(table: Any, label: str) -> Tokenizer:
@@ -139,7 +142,7 @@ def _merges(listed: Any) -> tuple[str, ...]:
     """Older files have pairs as text, newer ones as lists; what is neither joins nothing."""
     if not isinstance(listed, list):
         return ()
-    return tuple(each if isinstance(each, str) else " ".join(map(str, each)) for each in listed if each)
+    return tuple(" ".join(map(str, each)) if isinstance(each, list) else str(each) for each in listed)
 
 
 def _read(storage: Storage, model: Checkpoint, name: str) -> bytes:

@@ -6,17 +6,26 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import DTYPE_BYTES, Checkpoint, Storage, TensorEntry
 from streammerge.derived import DerivedEntry
-from streammerge.errors import PlanError, quoted
+from streammerge.errors import PlanError, StreamMergeError, quoted
 from streammerge.recipe import Recipe
 from streammerge.row_maps import MEAN, PADDING, ZERO, MappedRows, Segments
 from streammerge.rules import TensorClass, roles
 from streammerge.token_rules import UNION, TokenRule
-from streammerge.tokenizer import FAST_NAME, FLAGS, LARGEST_ID, Tokenizer, parse_tokenizer, tokenizer_bytes
+from streammerge.tokenizer import (
+    AS_FAST_HINT,
+    FAST_NAME,
+    FLAGS,
+    LARGEST_ID,
+    Tokenizer,
+    parse_tokenizer,
+    tokenizer_bytes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,28 +91,34 @@ def united(
 
     models  the base, if the recipe has one, then the experts
 
-    Without `tokenizer_source`, and where all models have one vocabulary already, they come back as they are, with None.
+    Without `tokenizer_source`, and where all models have one vocabulary already, they come back as they are, with None;
+    without it a warning tells of rows that are not of one token in all models.
     A token's row is the model's own, else the base's, else the only other model's that has one, else the mean of those
     that have one, unless a rule of the recipe says otherwise. A model without a tokenizer is taken to have the first
     model's. Raises PlanError for vocabularies that cannot be united, CheckpointError for unsound tokenizers.
     """
     unchanged = tuple(models), None, ()
     if recipe.tokenizer_source is None:
-        return unchanged
+        return tuple(models), None, _disagreement(models, names, storage)
     contents = [tokenizer_bytes(storage, model) for model in models]
     chosen = _chosen(recipe, models)
-    if not contents[chosen] and (any(contents) or recipe.tokens or recipe.pad_to_multiple_of):
-        raise PlanError(
-            f"{quoted(f'tokenizer_source: {recipe.tokenizer_source}')} finds no tokenizer",
-            hint="Name a model that has one, or leave it out.",
-        )
     found = [vocabulary_tensors(model) for model in models]
     sizes = [rows for rows, _ in found]
     asked = bool(recipe.tokens or recipe.pad_to_multiple_of)
     if not asked and len(set(contents)) == 1 and len(set(sizes)) == 1:
         return unchanged
+    if not contents[chosen]:
+        raise PlanError(
+            f"{quoted(f'tokenizer_source: {recipe.tokenizer_source}')} finds no tokenizer",
+            hint="Name a model that has one, or leave it out.",
+        )
     tables = [name for name in found[0][1] if all(name in names for _, names in found)]
-    if _differ_elsewhere(models, tables):
+    if not tables and (asked or recipe.tokenizer_source == UNION):
+        raise PlanError(
+            f"{quoted(names[0])} has no matrix with a row for each token, and the vocabulary is to be another",
+            hint="Leave `tokenizer_source` out to keep its tokenizer.",
+        )
+    if not tables or _differ_elsewhere(models, tables):
         return unchanged
     parsed: dict[tuple[bytes, ...], Tokenizer] = {}
     for model, content in zip(models, contents, strict=True):
@@ -112,17 +127,33 @@ def united(
     tokenizers = [parsed[content or contents[0] or contents[chosen]] for content in contents]
     if not asked and len(set(sizes)) == 1 and all(each.ids == tokenizers[0].ids for each in tokenizers):
         return unchanged
-    if not tables:
-        raise PlanError(
-            f"{quoted(names[0])} has no matrix with a row for each token, and the models' tokenizers differ",
-            hint="Leave `tokenizer_source` out to keep its tokenizer.",
-        )
     union = _Union(recipe, models, names, tokenizers, sizes, chosen)
     if not asked and union.changes_nothing:
         return unchanged
     _refuse_unknown_format(union, models[chosen])
     united_models, digest = union.models(tables)
     return united_models, union.vocabulary(digest), union.warnings()
+
+
+def _disagreement(models: Sequence[Checkpoint], names: Sequence[str], storage: Storage) -> tuple[str, ...]:
+    """A warning where a row that is to be merged is one token's in one model and another's in the next."""
+    distinct: dict[tuple[bytes, ...], int] = {}
+    for number, model in enumerate(models):
+        # nobody asked for what tokenizers say: what cannot be read tells nothing
+        with suppress(StreamMergeError):
+            distinct.setdefault(tokenizer_bytes(storage, model), number)
+    distinct.pop((), None)
+    owners: dict[int, tuple[str, str]] = {}
+    for content, number in distinct.items() if len(distinct) > 1 else ():
+        with suppress(StreamMergeError):
+            for token, row in parse_tokenizer(models[number], content).ids.items():
+                owner, first = owners.setdefault(row, (token, names[number]))
+                if owner != token:
+                    return (
+                        f"row {row} is {quoted(owner)} in {quoted(first)} and {quoted(token)} in "
+                        f"{quoted(names[number])}: set `tokenizer_source` to merge tokens by their text",
+                    )
+    return ()
 
 
 def _chosen(recipe: Recipe, models: Sequence[Checkpoint]) -> int:
@@ -152,7 +183,7 @@ def _refuse_unknown_format(union: _Union, model: Checkpoint) -> None:
         raise PlanError(
             f"{quoted(token)} and {len(union.added) - 1} more tokens are to be added to the tokenizer of "
             f"{quoted(model.location)}, which has no {quoted(FAST_NAME)}",
-            hint="Save it as one: load it with transformers' `AutoTokenizer`, then `save_pretrained`.",
+            hint=AS_FAST_HINT,
         )
 
 

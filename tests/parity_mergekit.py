@@ -24,9 +24,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     failed: dict[str, str] = {}
     for recipe, folder, seed in json.loads(Path(sys.argv[1]).read_text()):
-        options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+        config = yaml.safe_load(Path(recipe).read_text())
+        with_tokenizer = not config.keys().isdisjoint(("tokenizer", "tokenizer_source"))
+        options = MergeOptions(copy_tokenizer=with_tokenizer, write_model_card=False, quiet=True, random_seed=seed)
         try:
-            run_merge(MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text())), folder, options)
+            run_merge(MergeConfiguration.model_validate(config), folder, options)
         except Exception as error:  # noqa: BLE001  (whatever it raises is its answer)
             failed[folder] = f"{type(error).__name__}: {error}"
     sys.stdout.write(json.dumps({"methods": [method.spec.name for method in registered_methods()], "failed": failed}))

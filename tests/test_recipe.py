@@ -655,24 +655,13 @@ def test_a_setting_of_the_wrong_type_says_what_was_found_and_expected(
             "Merge the adapter into its model first and name the result.",
         ),
         (
-            LINEAR + "tokenizer_source: union\n",
-            "5: `tokenizer_source: union` needs a new vocabulary; this version takes equal vocabularies",
-            "Name `base` or one of the models, if their vocabularies are equal.",
-        ),
-        (
-            LINEAR + "tokenizer:\n  source: org/a\n  tokens: {}\n",
-            "7: `tokens` changes the vocabulary in mergekit; streammerge keeps one model's tokenizer",
-            "Remove it.",
-        ),
-        (
             LINEAR + "tokenizer_source: org/a\ntokenizer: {source: org/a}\n",
             "6: `tokenizer` and `tokenizer_source` say the same thing twice",
             "Keep one.",
         ),
-        (LINEAR + "tokenizer: {}\n", "5: `source` is missing", None),
         (
             LINEAR + "tokenizer_source: org/aa\n",
-            "5: `tokenizer_source` is the text `org/aa`, expected `base` or a model of this recipe",
+            "5: `tokenizer_source` is the text `org/aa`, expected `base`, `union` or a model of this recipe",
             "Did you mean `org/a`?",
         ),
         (
@@ -816,7 +805,7 @@ recipes = st.fixed_dictionaries(
         "out_dtype": st.sampled_from(["fp16", "bfloat16"]),
         "rounding": st.sampled_from(["nearest", "stochastic"]),
         "seed": st.integers(0, 2**63 - 1),
-        "tokenizer_source": st.sampled_from(["base", "the base"]),
+        "tokenizer_source": st.sampled_from(["base", "union", "the base"]),
         "chat_template": st.sampled_from(["auto", "base", "the base", "{{ 'é\n' }}"]),
         "name": st.text(max_size=5),
     },

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.stored import tensors_of
 
 HIDDEN, LAYERS = 8, 1
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "ran")
@@ -16,14 +19,17 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def tokenizer_files(
-    folder: Path, added: Sequence[str | Mapping[str, object]] = (), words: Sequence[str] = WORDS
+    folder: Path,
+    added: Sequence[str | Mapping[str, object]] = (),
+    words: Sequence[str] = WORDS,
+    special: Sequence[str] = SPECIAL,
 ) -> dict[str, int]:
     """Write a byte-pair tokenizer of these words and added tokens; the ids of its tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted({letter for word in words for letter in word} | {"Ġ"})
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
     merges = []
     for word in words:
         for end in range(2, len(word) + 1):
@@ -33,12 +39,12 @@ def tokenizer_files(
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(special))
     for token in added:
         flags = {"content": token} if isinstance(token, str) else dict(token)
-        special = bool(flags.pop("special", False))
-        made = AddedToken(**flags, special=special)
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([made])
+        is_special = bool(flags.pop("special", False))
+        made = AddedToken(**flags, special=is_special)
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([made])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -77,10 +83,11 @@ def save(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     words: Sequence[str] = WORDS,
+    special: Sequence[str] = SPECIAL,
 ) -> dict[str, int]:
     """Write a whole model folder; `padding` rows of its matrices have no token. The ids of its tokens."""
     folder.mkdir(parents=True)
-    ids = tokenizer_files(folder, added, words)
+    ids = tokenizer_files(folder, added, words, special)
     rows = max(ids.values()) + 1 + padding
     save_file(llama(rows, seed, tied=tied, dtype=dtype), folder / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -101,5 +108,39 @@ def save(
         "dtype": str(dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids["</s>"], "bos_token_id": 1}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [ids["</s>"]], "bos_token_id": ids["<s>"]})
+    )
     return ids
+
+
+class Family:
+    """Models on disk and the ids of their tokens: a base, three experts that add tokens, and one that lacks some."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        self.ids = {
+            "base": save(folder / "base", 0, **options),
+            "a": save(folder / "a", 1, ["<A>", "<S>", "<T>"], **options),
+            "b": save(folder / "b", 2, ["<T>", "<B>", "<S>"], **options),
+            "c": save(folder / "c", 3, ["<C>", "<S>", {"content": "<T>", "special": True}], padding=5, **options),
+        }
+
+    def __getitem__(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return tensors_of(self.folder / name)
+
+    def recipe(self, method: str = "task_arithmetic", experts: str = "abc", **more: object) -> dict[str, object]:
+        models = [{"model": self[name], "parameters": {"weight": 1.0}} for name in experts]
+        if method in ("actmat", "model_stock"):
+            models = [{"model": self[name]} for name in experts]
+        return {"merge_method": method, "base_model": self["base"], "models": models, **more}
+
+
+def ids_of(folder: Path) -> dict[str, int]:
+    """Every token's id in a folder's tokenizer.json."""
+    table = json.loads((folder / "tokenizer.json").read_text())
+    added = {each["content"]: each["id"] for each in table["added_tokens"]}
+    return {**table["model"]["vocab"], **added}

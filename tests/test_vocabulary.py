@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -729,6 +730,14 @@ def test_the_tokenizer_of_a_recipe_survives_being_written() -> None:
     ]
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_yaml(TASK + "tokenizer: {pad_to_multiple_of: 8}\n").tokenizer_source == "union"
+
+
+def test_the_readmes_example_is_a_recipe() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(tokenizer:.*?)```", readme, re.DOTALL)
+    models = "models: [{model: models/llama-code}]\n"
+    recipe = Recipe.from_yaml(f"merge_method: linear\nbase_model: models/llama\n{models}{example}")
+    assert (len(recipe.tokens), recipe.tokens[0].force, recipe.pad_to_multiple_of) == (3, True, 64)
 
 
 @pytest.mark.parametrize(

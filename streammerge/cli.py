@@ -564,6 +564,7 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
         "",
         f"  tensors   {len(planned.steps)}",
         *(f"            {count} {kind} by {method}" for (method, kind), count in by_method.most_common()),
+        *_vocabulary_lines(planned),
         f"  read      {format_bytes(planned.read_bytes)} from {files} files",
         f"  write     {format_bytes(needed)} to {len(planned.layout.shards)} shards; {format_bytes(free)} free",
         f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}",
@@ -572,6 +573,11 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
         f"  time      {'unknown before the first merge here' if seconds is None else f'about {seconds:.0f} s'}",
     ]
     return "\n".join(lines)
+
+
+def _vocabulary_lines(planned: Plan) -> list[str]:
+    made = planned.vocabulary
+    return [f"  tokens    {made.rows} rows; {len(made.added)} tokens added"] if made else []
 
 
 def _device_lines(planned: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ import streammerge
 from streammerge import models as opened
 from streammerge import vocabulary
 from streammerge.checkpoint import Checkpoint, FileFacts, TensorEntry
+from streammerge.cli import cli
 from streammerge.derived import DerivedEntry
 from streammerge.device_stream import DeviceStream
 from streammerge.errors import CheckpointError, OutputError, PlanError, RecipeError, StreamMergeError
@@ -181,6 +183,64 @@ def test_position_tables_keep_their_rows(tmp_path):
         save_file({**tensors, "model.embed_positions.weight": torch.zeros(len(family.ids["base"]), 4)}, file)
     found = merged(family.recipe(tokenizer_source="union"), tmp_path / "out")
     assert found["model.embed_positions.weight"].shape == (len(family.ids["base"]), 4)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "expected"),
+    [
+        # of a model that also speaks: its talker's codes are a vocabulary of their own
+        (
+            {"model.embed_tokens.weight": (90, 4), "talker.embed_tokens.weight": (40, 4), "lm_head.weight": (90, 4)},
+            {"text_config": {"vocab_size": 90}, "talker_config": {"vocab_size": 40}},
+            (90, {"model.embed_tokens.weight", "lm_head.weight"}),
+        ),
+        # positions that outnumber tokens
+        (
+            {"wte.weight": (50, 4), "wpe.weight": (64, 4), "h.0.ln_1.bias": (50,)},
+            {"vocab_size": 50},
+            (50, {"wte.weight"}),
+        ),
+        (
+            {
+                "bert.embeddings.word_embeddings.weight": (70, 4),
+                "bert.embeddings.position_embeddings.weight": (70, 4),
+                "bert.embeddings.token_type_embeddings.weight": (70, 4),
+                "cls.predictions.bias": (70,),
+                "cls.predictions.transform.dense.bias": (70,),
+                "cls.predictions.decoder.weight": (70, 4),
+                "cls.predictions.decoder.bias": (70,),
+            },
+            {"vocab_size": 70},
+            (
+                70,
+                {
+                    "bert.embeddings.word_embeddings.weight",
+                    "cls.predictions.bias",
+                    "cls.predictions.decoder.weight",
+                    "cls.predictions.decoder.bias",
+                },
+            ),
+        ),
+        (
+            {"shared.weight": (30, 4), "encoder.block.0.relative_attention_bias.weight": (32, 4)},
+            {},
+            (30, {"shared.weight"}),
+        ),
+        ({"norm.weight": (4,)}, {"vocab_size": 4}, (0, set())),
+    ],
+    ids=["talker", "gpt2", "bert", "t5", "none"],
+)
+def test_the_tables_of_tokens_are_told_from_others(tensors, config, expected):
+    entries = {name: TensorEntry(name, "F32", shape, "f", 0, 0) for name, shape in tensors.items()}
+    model = Checkpoint(location="m", tensors=entries, config=config, files={}, header_sha256={})
+    rows, names = vocabulary.vocabulary_tensors(model)
+    assert (rows, set(names)) == expected
+
+
+def test_a_plan_tells_how_many_rows_and_new_tokens_there_are(family, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(family.recipe(tokenizer_source="union")))
+    shown = CliRunner().invoke(cli, ["plan", str(tmp_path / "recipe.yaml")]).output
+    assert "  tokens    34 rows; 5 tokens added\n" in shown
 
 
 # rules for single tokens

@@ -75,12 +75,13 @@ class MappedRows:
 
     def scratch_bytes(self, entry: DerivedEntry, elements: int) -> int:
         """A part's run, and in float64 a piece of a mean."""
-        run = 0
+        piece = max(PIECE_ELEMENTS, self._columns(entry)) if (self.rows.sources < ZERO).any() else 0
+        longest, run = max(elements, piece), 0
         for part in entry.parts:
-            inside = part.scratch_bytes(elements) if isinstance(part, DerivedEntry) else 0
-            run = max(run, elements * DTYPE_BYTES[part.dtype] + inside)
-        piece = max(PIECE_ELEMENTS, self._columns(entry)) * 24 if (self.rows.sources < ZERO).any() else 0
-        return run + piece
+            inside = part.scratch_bytes(longest) if isinstance(part, DerivedEntry) else 0
+            run = max(run, longest * DTYPE_BYTES[part.dtype] + inside)
+        # the piece as stored and in float64, and the place of each element in a row
+        return run + piece * 3 * 8
 
     def fill(self, entry: DerivedEntry, out: Tensor, first_element: int, read: ReadPart) -> None:
         """Write a run: copies of parts' runs, and between them what is computed."""

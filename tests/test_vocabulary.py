@@ -32,7 +32,7 @@ from streammerge.device_stream import DeviceStream
 from streammerge.errors import CheckpointError, OutputError, PlanError, RecipeError, StreamMergeError
 from streammerge.plan import make_plan
 from streammerge.recipe import Recipe
-from streammerge.row_maps import MEAN, PADDING, ZERO, MappedRows, Segments
+from streammerge.row_maps import MEAN, PADDING, PIECE_ELEMENTS, ZERO, MappedRows, Segments
 from streammerge.storage.local import LocalStorage
 from streammerge.stream import Stream
 from streammerge.tokenizer import parse_tokenizer
@@ -604,6 +604,29 @@ def test_any_run_of_mapped_rows_is_that_run_of_the_whole(drawn, data):
     out = torch.full((count,), torch.nan)
     mapped.fill(entry, out, first, lambda part, at, many: parts[int(part.name)].flatten()[at : at + many])
     torch.testing.assert_close(out, expected.flatten()[first : first + count], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [8, 3 * PIECE_ELEMENTS])
+def test_a_run_takes_no_more_than_it_says(columns):
+    """However small the run is: finding the row that pads reads the whole matrix, piece by piece."""
+    rows = Segments.of(np.array([0, 0, MEAN, PADDING]), np.array([0, 1, 2, 0]))
+    summed = tuple(Segments.of(np.array([ZERO, ZERO, 0, ZERO]), np.array([0, 0, row, 0])) for row in (0, 1))
+    mapped, size = MappedRows(rows=rows, summed=summed), 2 * columns * 4
+    entry = DerivedEntry(
+        name="x", dtype="F32", shape=(4, columns), file="f", offset=0, nbytes=2 * size,
+        parts=(TensorEntry("x", "F32", (2, columns), "f", 0, size),), derivation=mapped,
+    )  # fmt: skip
+    longest = 0
+
+    def read(part: TensorEntry, first: int, elements: int) -> Tensor:
+        nonlocal longest
+        longest = max(longest, elements)
+        return torch.ones(elements)
+
+    out = torch.full((5,), torch.nan)
+    mapped.fill(entry, out, 3 * columns, read)
+    assert (out == 1).all()
+    assert longest * 4 + max(PIECE_ELEMENTS, columns) * 20 <= entry.scratch_bytes(5)
 
 
 # what is refused

@@ -6,11 +6,12 @@ function that puts its entries in place of a checkpoint's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from streammerge.checkpoint import TensorEntry
+from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,3 +59,24 @@ class DerivedEntry(TensorEntry):
     def scratch_bytes(self, elements: int) -> int:
         """The most memory that computing a run of so many elements takes beside the run."""
         return self.derivation.scratch_bytes(self, elements)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of the entry's one part, which is itself derived."""
+
+    first_element: int
+
+    def scratch_bytes(self, entry: DerivedEntry, elements: int) -> int:
+        (whole,) = entry.parts
+        inner = whole.scratch_bytes(elements) if isinstance(whole, DerivedEntry) else 0
+        return elements * DTYPE_BYTES[entry.dtype] + inner
+
+    def fill(self, entry: DerivedEntry, out: Tensor, first_element: int, read: ReadPart) -> None:
+        out.copy_(read(entry.parts[0], self.first_element + first_element, out.numel()))
+
+
+def part_of(entry: DerivedEntry, shape: tuple[int, ...], first_element: int) -> DerivedEntry:
+    """A run of a derived tensor as a tensor of its own: of `shape`, from `first_element` of the flattened whole on."""
+    nbytes = math.prod(shape) * DTYPE_BYTES[entry.dtype]
+    return replace(entry, shape=shape, nbytes=nbytes, parts=(entry,), derivation=_Part(first_element))

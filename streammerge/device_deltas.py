@@ -38,7 +38,7 @@ class DeviceDeltas(Deltas):
         seed: int = 0,
         beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
-        self.name = step.name
+        self.name = step.label
         self.first_element, self.seed, self._beside = first_element, seed, beside
         self.based = step.base is not None
         self._transposed = step.by_matrix and step.role.transposed

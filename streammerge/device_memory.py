@@ -28,18 +28,19 @@ def stays_whole(step: Step) -> bool:
 
 
 def step_device_bytes(step: Step, slot_bytes: int) -> int:
-    """What one step takes at once: its inputs as stored, the method's workspace, the result.
+    """What one step takes at once: its inputs as stored, the method's workspace, the result; of a stack, one matrix's.
 
     A step whose method streams by element is there block by block.
     """
     if step.method == COPY:
         return 0
-    block = min(block_elements(step, slot_bytes), step.elements)
+    block = min(block_elements(step, slot_bytes), step.elements // step.matrices)
     if not step.by_matrix:
         there = step.elements if stays_whole(step) else block
         stored = there * step.element_bytes * (len(step.models) + 1)
         return stored + block * step.compute_bytes * step.block_buffers + step.device_bytes
-    return step.read_bytes + step.device_bytes + step.write_bytes + block * step.compute_bytes * OUTPUT_BUFFERS
+    there = (step.read_bytes + step.write_bytes) // step.matrices
+    return there + step.device_bytes + block * step.compute_bytes * OUTPUT_BUFFERS
 
 
 def fit_device_memory(steps: Sequence[Step], budget_bytes: int, slot_bytes: int) -> DeviceMemoryPlan:

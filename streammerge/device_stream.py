@@ -28,12 +28,12 @@ from streammerge.checkpoint import Storage
 from streammerge.device_deltas import DeviceDeltas
 from streammerge.device_memory import MOST_AT_ONCE, stays_whole, step_device_bytes
 from streammerge.errors import MergeError, quoted
-from streammerge.outcome import Block, Facts, Outcome, Tally, naming, refuse_overflow
+from streammerge.outcome import Block, Facts, Outcome, Tally, add_facts, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
 from streammerge.solve.cost import PANEL_ELEMENTS
-from streammerge.step import COPY, Step
+from streammerge.step import COPY, Step, matrices_of
 from streammerge.streamed_deltas import Sources, StepReader
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge_kernels.apply import Applied, apply_
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # a block that does not fit is halved down to this
 _FEWEST_ELEMENTS = 1 << 16
+# tasks of one tensor end on several threads
+_COUNTING = threading.Lock()
 
 
 class DeviceStream:
@@ -119,14 +121,12 @@ class DeviceStream:
             for method in {step.method for step in steps}:
                 self._looks[method].finish(number)
         for step in self._schedule.steps:
-            reader = self._reader(step, self._schedule.sources(step))
             if step.method == COPY:
                 yield from self._drain(window, to=0)
-                yield from self._copy(step, reader)
+                yield from self._copy(step, self._reader(step, self._schedule.sources(step)))
                 continue
-            shared = _Shared(step, reader)
             nbytes = step_device_bytes(step, self._plan.memory.slot_bytes)
-            for task in self._tasks(shared):
+            for task in self._all_tasks(step):
                 while window and (
                     len(window) >= MOST_AT_ONCE or nbytes + sum(t.device_bytes for t in window) > self._budget
                 ):
@@ -146,6 +146,14 @@ class DeviceStream:
 
     def _reader(self, step: Step, sources: Sources) -> StepReader:
         return StepReader(self.ahead, sources, self._schedule.block_elements(step))
+
+    def _all_tasks(self, step: Step) -> Iterator[_Task]:
+        tallies = [Tally(part) for part in step.parts or (step,)]
+        for matrix in matrices_of(step):
+            shared = _Shared(matrix, self._reader(matrix, self._schedule.sources(matrix)), tallies)
+            for task in self._tasks(shared):
+                task.last = task.last and matrix.first_element + task.first + task.elements == step.elements
+                yield task
 
     def _tasks(self, shared: _Shared) -> Iterator[_Task]:
         step, block = shared.step, self._schedule.block_elements(shared.step)
@@ -250,7 +258,13 @@ class DeviceStream:
             places = [slice(row, min(row + rows, bottom)) for row in range(top, bottom, rows)]
             applied.append(
                 [
-                    self._apply(part, deltas.origin[at], stored[at], out[at], (at.start - top) * step.shape[1])
+                    self._apply(
+                        part,
+                        deltas.origin[at],
+                        stored[at],
+                        out[at],
+                        part.first_element + (at.start - top) * step.shape[1],
+                    )
                     for at in places
                 ]
             )
@@ -298,22 +312,23 @@ class DeviceStream:
 
         Raises MergeError where the device runs out of memory: a look that has seen a part cannot be tried again.
         """
-        reader = self._reader(step, self._schedule.look_sources(step))
-        shared = _Shared(step, reader)
-        for task in self._tasks(shared):
-            try:
-                self._stage(task)
-                task.staged.synchronize()
-                deltas = self._matrix(task) if step.by_matrix else self._piece(task, 0, task.elements)
-                if step.method not in self._looks:
-                    self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
-                self._looks[step.method].look(number, deltas)
-            except torch.OutOfMemoryError as error:
-                raise self._does_not_fit(step) from error
-            # what was looked at makes room for the next
-            self._library.synchronize(self._device)
-            del deltas
-            task.runs.clear()
+        for matrix in matrices_of(step):
+            reader = self._reader(matrix, self._schedule.look_sources(matrix))
+            shared = _Shared(matrix, reader, [Tally(matrix)])
+            for task in self._tasks(shared):
+                try:
+                    self._stage(task)
+                    task.staged.synchronize()
+                    deltas = self._matrix(task) if step.by_matrix else self._piece(task, 0, task.elements)
+                    if step.method not in self._looks:
+                        self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
+                    self._looks[step.method].look(number, deltas)
+                except torch.OutOfMemoryError as error:
+                    raise self._does_not_fit(step) from error
+                # what was looked at makes room for the next
+                self._library.synchronize(self._device)
+                del deltas
+                task.runs.clear()
 
     def _merge_piece(
         self, task: _Task, out: Tensor, start: int, end: int, squares: list[list[float]], look: methods.Look | None
@@ -438,7 +453,7 @@ class DeviceStream:
                 with self._library.stream(self._leaving):
                     slot[: run.nbytes].view(run.dtype).copy_(run, non_blocking=True)
                 data = bytes_of(slot)[: run.nbytes]
-                offset = (task.first + start - top) * run.dtype.itemsize
+                offset = (part.first_element + task.first + start - top) * run.dtype.itemsize
                 left = self._mark(self._leaving)
                 if waiting is not None:
                     waiting[0].synchronize()
@@ -514,23 +529,21 @@ class DeviceStream:
 
 
 class _Shared:
-    """What the tasks of one step add to: a tally for each tensor."""
+    """What the tasks of one step, or one matrix of a stack, add to: a tally for each tensor."""
 
-    def __init__(self, step: Step, reader: StepReader) -> None:
-        self.step, self.reader = step, reader
+    def __init__(self, step: Step, reader: StepReader, tallies: Sequence[Tally]) -> None:
+        self.step, self.reader, self.tallies = step, reader, tallies
         self.parts = step.parts or (step,)
-        self.tallies = [Tally(part) for part in self.parts]
-        self._lock = threading.Lock()
 
     def count(
         self, sums: Sequence[Sequence[float]], squares: Sequence[Sequence[float]], task: _Task, seconds: float
     ) -> None:
         """Add a task's results: what `_sums` says of each part, and each expert's squared norm in it."""
-        with self._lock:
+        with _COUNTING:
             for tally, (changed, merged, lost, bad), experts in zip(self.tallies, sums, squares, strict=True):
                 tally.count(changed, merged, lost)
                 tally.outcome.non_finite += int(bad)
-                tally.outcome.facts.update(task.facts)
+                add_facts(tally.outcome.facts, task.facts)
                 tally.norms.non_finite += task.non_finite
                 for index, squared in enumerate(experts):
                     tally.norms.squared[index] += squared

@@ -9,7 +9,7 @@ from streammerge.budget import format_bytes
 from streammerge.derived import DerivedEntry
 from streammerge.errors import PlanError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
-from streammerge.step import Step
+from streammerge.step import Step, matrices_of
 
 # large enough for the bus to an accelerator to run at its rate, and for as much to be read ahead as it computes on
 STAGED_SLOT_BYTES, STAGED_INPUT_BYTES = 8 << 20, 1 << 30
@@ -59,10 +59,10 @@ def is_held(step: Step, slot_bytes: int, input_slots: int) -> bool:
 
 def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     """What a step takes beside the slots."""
-    block = min(block_elements(step, slot_bytes), step.elements) * step.compute_bytes
+    block = min(block_elements(step, slot_bytes), step.elements // step.matrices) * step.compute_bytes
     if not step.by_matrix:
         return block * step.block_buffers
-    kept_base = step.base.nbytes if step.base else 0
+    kept_base = step.base.nbytes // step.matrices if step.base else 0
     return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
 
 
@@ -123,7 +123,8 @@ def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
 
 def _scratch_bytes(step: Step, slot_bytes: int) -> int:
     """What computing a run of the step's derived inputs takes."""
-    entries = (*step.experts, step.base)
+    first = next(matrices_of(step))
+    entries = (*first.experts, first.base)
     derived = [entry for entry in entries if isinstance(entry, DerivedEntry)]
     return max((entry.scratch_bytes(block_elements(step, slot_bytes)) for entry in derived), default=0)
 

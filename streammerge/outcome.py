@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ Facts = dict[str, float | int | str | bool]
 class Outcome:
     """What happened to one tensor.
 
+    facts          of a stack: the largest of each number, all texts that occurred, whether anything was true
     norm_ratio     norm of the merged delta over the experts' mean delta norm
     rounding_loss  norm of the output's rounding error over the norm of the merged delta
     changed        share of the elements whose output differs from the base's
@@ -54,6 +55,16 @@ class Block:
     data: memoryview
     release: Callable[[], None]
     outcome: Outcome | None = None
+
+
+def add_facts(facts: Facts, more: Mapping[str, float | int | str | bool]) -> None:
+    """Add what was noted of one more matrix of a tensor; the order in which they come does not matter."""
+    for name, value in more.items():
+        known = facts.get(name, value)
+        if isinstance(known, str) or isinstance(value, str):
+            facts[name] = "; ".join(sorted({*str(known).split("; "), *str(value).split("; ")}))
+        else:
+            facts[name] = max(known, value)
 
 
 class Norms:
@@ -147,6 +158,8 @@ def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int
     for size in reversed(step.shape):
         index.append(flat % size)
         flat //= size
+    if step.matrix is not None:
+        index.append(step.matrix)
     kind = "NaN" if torch.isnan(values[int(bad[0])]) else "an infinity"
     raise MergeError(
         f"{quoted(step.name)} in {quoted(model)} holds {kind} at {index[::-1]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -259,7 +260,7 @@ def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def _pool_of(step: Step) -> str | None:
-    if not step.by_matrix or step.arguments.get("pool") != "inputs" or step.role.transposed:
+    if not step.by_matrix or step.arguments.get("pool") != "inputs" or step.role.transposed or len(step.shape) != 2:
         return None
     shared = input_of(step.name)
     # what is stacked must agree in all but the number of rows
@@ -315,9 +316,10 @@ def _step(
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
     cost = method.cost(shape, len(entries), arguments, 8 if max(widest, DTYPE_BYTES[dtype]) == 8 else 4)
     assert not by_matrix or not cost.looks or cost.look_scope == "model", f"{method.name} looks at one matrix"
+    matrices = math.prod(reference.shape[:-2]) if by_matrix else 1
     beside = _beside(method, models, experts, name, shape if by_matrix else None, reference)
     # one of them is in memory at a time
-    read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) if by_matrix else 0
+    read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) // matrices if by_matrix else 0
     return Step(
         name=name,
         role=role,
@@ -330,7 +332,7 @@ def _step(
         by_matrix=by_matrix,
         passes=cost.passes,
         looks=cost.looks,
-        flops=cost.flops,
+        flops=cost.flops * matrices,
         workspace_bytes=cost.workspace_bytes + read_beside,
         device_bytes=(cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes) + read_beside,
         by_row=by_row,
@@ -349,10 +351,10 @@ def _beside(
     matrix: tuple[int, int] | None,
     reference: TensorEntry,
 ) -> tuple[tuple[int, TensorEntry] | None, ...]:
-    """What lies beside each expert for one tensor: [in, in] for a matrix, else the tensor's own shape."""
+    """What lies beside each expert for one tensor: [..., in, in] for matrices, else the tensor's own shape."""
     if method.beside is None or len(models) == experts.stop:
         return ()
-    expected = reference.shape if matrix is None else (matrix[1], matrix[1])
+    expected = reference.shape if matrix is None else (*reference.shape[:-2], matrix[1], matrix[1])
     found = []
     for number in range(len(experts)):
         model = experts.stop + number
@@ -387,7 +389,7 @@ def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: Tensor
         return None
     if rule and rule.method:
         method = methods.describe(rule.method)
-        if method.streams_by == "matrix" and len(reference.shape) != 2:
+        if method.streams_by == "matrix" and not _holds_matrices(reference, role):
             raise PlanError(
                 f"rule {quoted(rule.match)} sends {quoted(reference.name)} to {quoted(method.name)}, "
                 f"but its shape {list(reference.shape)} is not a matrix",
@@ -395,14 +397,18 @@ def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: Tensor
             )
         return method
     method = methods.describe(recipe.method)
-    is_linear = role.kind in (TensorClass.MATRIX, TensorClass.ROUTER) and len(reference.shape) == 2
-    if method.streams_by != "matrix" or is_linear:
+    is_linear = role.kind in (TensorClass.MATRIX, TensorClass.ROUTER, TensorClass.STACK)
+    if method.streams_by != "matrix" or (is_linear and _holds_matrices(reference, role)):
         return method
     return methods.describe(FALLBACK)
 
 
+def _holds_matrices(entry: TensorEntry, role: Role) -> bool:
+    return len(entry.shape) == (3 if role.kind is TensorClass.STACK else 2)
+
+
 def _matrix_shape(entry: TensorEntry, role: Role) -> tuple[int, int]:
-    rows, columns = entry.shape
+    rows, columns = entry.shape[-2:]
     return (columns, rows) if role.transposed else (rows, columns)
 
 
@@ -415,12 +421,6 @@ def _warnings(
         changed = [line for before, model in pairs for line in changed_files(before, model)[0]]
         if changed:
             found.append(f"the inputs are not those of the report, so the output will differ: {'; '.join(changed[:3])}")
-    stacks = [step.name for step in steps if step.role.kind is TensorClass.STACK and step.method == FALLBACK]
-    if stacks and recipe.method != FALLBACK:
-        found.append(
-            f"{len(stacks)} stacked expert tensor(s) such as {quoted(stacks[0])} are averaged: "
-            f"{quoted(recipe.method)} merges 2-D matrices"
-        )
     # to a method of elements all tensors are alike
     by_guess = [step.name for step in steps if step.role.source == "shape" and step.method != COPY]
     if by_guess and methods.describe(recipe.method).streams_by == "matrix":

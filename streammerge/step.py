@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
+from streammerge.derived import DerivedEntry, part_of
 from streammerge.rules import Role
 from streammerge.solve.cost import BLOCK_BUFFERS
 
@@ -30,6 +32,7 @@ class Step:
     beside     for each expert what lies beside its weights, and in which of the plan's models
     pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
     parts      of the matrices stacked from a pool: each one's step, from top to bottom
+    matrix     which one of a stack it is
     passes_non_finite  what is not a finite number ends no merge of it, see `Recipe.non_finite`
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
@@ -54,6 +57,7 @@ class Step:
     beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
     pool: str | None = None
     parts: tuple[Step, ...] = ()
+    matrix: int | None = None
     passes_non_finite: bool = False
 
     @property
@@ -70,6 +74,21 @@ class Step:
     def columns(self) -> int:
         """Length of the last dimension."""
         return self.shape[-1] if self.shape else 1
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices are merged one after another: those of a stack. 1 for steps by element or row."""
+        return math.prod(self.shape[:-2]) if self.by_matrix else 1
+
+    @property
+    def label(self) -> str:
+        """The name, and of a matrix of a stack which one it is: for messages and random keys."""
+        return self.name if self.matrix is None else f"{self.name}[{self.matrix}]"
+
+    @property
+    def first_element(self) -> int:
+        """Where in the tensor it begins: a matrix of a stack, in the flattened stack."""
+        return (self.matrix or 0) * self.elements
 
     @property
     def element_by_element(self) -> bool:
@@ -96,6 +115,30 @@ class Step:
     def compute_bytes(self) -> int:
         """Bytes of one element in the arithmetic: 4, or 8 where float64 comes in."""
         return 8 if self.element_bytes == 8 else 4
+
+
+def matrices_of(step: Step) -> Iterator[Step]:
+    """Each matrix of a stack as a step of its own, of the same name; any other step as it is."""
+    if not step.by_matrix or len(step.shape) == 2:
+        yield step
+        return
+    for number in range(step.matrices):
+        yield replace(
+            step,
+            base=step.base and _matrix_of(step.base, number),
+            experts=tuple(_matrix_of(entry, number) for entry in step.experts),
+            beside=tuple(found and (found[0], _matrix_of(found[1], number)) for found in step.beside),
+            matrix=number,
+            flops=step.flops // step.matrices,
+        )
+
+
+def _matrix_of(entry: TensorEntry, number: int) -> TensorEntry:
+    shape = entry.shape[-2:]
+    nbytes = entry.nbytes // entry.shape[0]
+    if isinstance(entry, DerivedEntry):
+        return part_of(entry, shape, number * math.prod(shape))
+    return replace(entry, shape=shape, offset=entry.offset + number * nbytes, nbytes=nbytes)
 
 
 def stacked(parts: Sequence[Step]) -> Step:

@@ -19,11 +19,11 @@ from torch import Tensor
 from streammerge import methods
 from streammerge.checkpoint import Storage
 from streammerge.delta import Deltas
-from streammerge.outcome import Block, Norms, Tally, naming, refuse_overflow
+from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
-from streammerge.step import COPY, Step
+from streammerge.step import COPY, Step, matrices_of
 from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
@@ -102,24 +102,28 @@ class Stream:
 
     def _run(self, step: Step) -> Iterator[Block]:
         started = time.perf_counter()
-        block = self._schedule.block_elements(step)
-        reader = StepReader(self.ahead, self._schedule.sources(step), block)
         tallies = {part.name: Tally(part) for part in step.parts or (step,)}
         torch.set_num_threads(_threads_for(step))
-        merge = self._copy if step.method == COPY else self._by_matrix if step.by_matrix else self._by_element
         waiting: Block | None = None
-        for finished in merge(step, reader, block, tallies):
+        for finished in self._merge(step, tallies):
             if waiting is not None:
                 if finished.name != waiting.name:
                     waiting.outcome = tallies[waiting.name].settled()
                 yield waiting
             waiting = finished
-        reader.finish()
-        self.workspace.reset()
         last = waiting or Block(step.name, 0, memoryview(b""), lambda: None)
         last.outcome = tallies[last.name].settled()
         last.outcome.seconds = time.perf_counter() - started
         yield last
+
+    def _merge(self, step: Step, tallies: Mapping[str, Tally]) -> Iterator[Block]:
+        merge = self._copy if step.method == COPY else self._by_matrix if step.by_matrix else self._by_element
+        block = self._schedule.block_elements(step)
+        for matrix in matrices_of(step):
+            reader = StepReader(self.ahead, self._schedule.sources(matrix), block)
+            yield from merge(matrix, reader, block, tallies)
+            reader.finish()
+            self.workspace.reset()
 
     def _copy(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         for number, first in enumerate(range(0, step.elements, block)):
@@ -143,19 +147,20 @@ class Stream:
         for deltas in self._blocks(step, reader, runs, passes, tally.norms):
             deltas.seen = look
             merged = function(deltas, **step.arguments)
-            tally.outcome.facts.update(deltas.facts)
+            add_facts(tally.outcome.facts, deltas.facts)
             yield self._emit(step, deltas.first_element, deltas.base(), merged, tally)
 
     def _look_at_model(self, number: int, step: Step) -> None:
         block = self._schedule.block_elements(step)
-        reader = StepReader(self.ahead, self._schedule.look_sources(step), block)
         torch.set_num_threads(_threads_for(step))
-        for deltas in self._model_blocks(step, reader, block):
-            if step.method not in self._looks:
-                self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
-            self._looks[step.method].look(number, deltas)
-        reader.finish()
-        self.workspace.reset()
+        for matrix in matrices_of(step):
+            reader = StepReader(self.ahead, self._schedule.look_sources(matrix), block)
+            for deltas in self._model_blocks(matrix, reader, block):
+                if step.method not in self._looks:
+                    self._looks[step.method] = methods.describe(step.method).look(deltas, step.arguments)
+                self._looks[step.method].look(number, deltas)
+            reader.finish()
+            self.workspace.reset()
 
     def _model_blocks(self, step: Step, reader: StepReader, block: int) -> Iterator[Deltas]:
         """What a look at the model sees of one step: its blocks, or the matrix."""
@@ -186,12 +191,13 @@ class Stream:
         top = 0
         for part in step.parts or (step,):
             tally = tallies[part.name]
-            tally.outcome.facts.update(deltas.facts)
+            add_facts(tally.outcome.facts, deltas.facts)
             for first in range(0, part.shape[0], rows) if part.name not in self._skip else ():
                 place = slice(top + first, top + min(first + rows, part.shape[0]))
                 base = deltas.stored_base[place].to(deltas.dtype)
                 # contiguous already, unless the matrix is seen transposed
-                yield self._emit(part, first * step.shape[1], base, stored[place].contiguous(), tally)
+                at = part.first_element + first * step.shape[1]
+                yield self._emit(part, at, base, stored[place].contiguous(), tally)
             top += part.shape[0]
 
     def _matrix(self, step: Step, reader: StepReader, block: int, norms: Sequence[Norms]) -> MatrixDeltas:

@@ -14,7 +14,7 @@ from streammerge.checkpoint import TensorEntry
 from streammerge.delta import Delta, Deltas, Found
 from streammerge.outcome import Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
-from streammerge.step import Step
+from streammerge.step import Step, matrices_of
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 
@@ -46,11 +46,8 @@ class Sources:
     def requests(self, block_elements: int) -> Iterator[Request]:
         """Every run the step is planned to read, in the order it will take them."""
         if self.step.by_matrix:
-            yield from self._cut(0, block_elements, last=not self._again)
-            for number in range(self.passes):
-                last = number == self.passes - 1 and not self._again
-                for source in range(1, 1 + len(self.moving)):
-                    yield from self._cut(source, block_elements, last=last)
+            for matrix in matrices_of(self.step):
+                yield from self._of_matrix(matrix, block_elements)
             return
         for number in range(self.passes):
             last = number == self.passes - 1 and not self._again
@@ -62,11 +59,19 @@ class Sources:
         """Runs of one model."""
         return sum(-(-part.elements // block_elements) for part in self.step.parts or (self.step,))
 
-    def _cut(self, source: int, block_elements: int, *, last: bool) -> Iterator[Request]:
-        """One matrix's runs; of stacked ones, part by part. The origin is source 0."""
-        for part in self.step.parts or (self.step,):
-            entries = (*((part.base,) if part.base else ()), *part.experts)
-            yield from cut(part.models[source], entries[source], block_elements, last=last)
+    def _of_matrix(self, matrix: Step, block_elements: int) -> Iterator[Request]:
+        yield from _cut(matrix, 0, block_elements, last=not self._again)
+        for number in range(self.passes):
+            last = number == self.passes - 1 and not self._again
+            for source in range(1, 1 + len(self.moving)):
+                yield from _cut(matrix, source, block_elements, last=last)
+
+
+def _cut(step: Step, source: int, block_elements: int, *, last: bool) -> Iterator[Request]:
+    """One matrix's runs; of a pool's, part by part. The origin is source 0."""
+    for part in step.parts or (step,):
+        entries = (*((part.base,) if part.base else ()), *part.experts)
+        yield from cut(part.models[source], entries[source], block_elements, last=last)
 
 
 class StepReader:
@@ -258,7 +263,7 @@ class MatrixDeltas(Deltas):
     """A whole matrix [out, in]: W_0 is kept as stored, each expert's delta is formed on demand.
 
     A matrix stored [in, out] is seen transposed. As many iterations as `reader` has passes were read ahead;
-    further ones are read when asked for. `norms` are those of the step's parts, if it has any.
+    further ones are read when asked for. Squares are added to `norms`: those of the step's parts, if it has any.
     """
 
     def __init__(
@@ -273,7 +278,7 @@ class MatrixDeltas(Deltas):
         seed: int = 0,
         beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
-        self.name = step.name
+        self.name = step.label
         rows, columns = step.shape
         self.shape = self.whole = (columns, rows) if step.role.transposed else (rows, columns)
         self.based, self.seed, self._beside = step.base is not None, seed, beside
@@ -284,6 +289,7 @@ class MatrixDeltas(Deltas):
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
         self._reader, self._blocks = reader, blocks
         self._moving = len(step.models) - 1
+        self._measured = [False] * self.experts
         self._passes = 0
         self._delta: Tensor | None = None
         self.stored_base = self._read_base()
@@ -323,8 +329,10 @@ class MatrixDeltas(Deltas):
                 self._refuse(rows, run, index + (self._step.base is not None))
             squared[part_at(self._step, rows.start)[0]] += norm * norm
             give_back()
-        for norms, total in zip(self._norms, squared, strict=True):
-            norms.squared[index] = total
+        if not self._measured[index]:
+            self._measured[index] = True
+            for norms, total in zip(self._norms, squared, strict=True):
+                norms.squared[index] += total
         return out
 
     def _refuse(self, rows: slice, run: Tensor, source: int) -> None:

@@ -172,16 +172,11 @@ def test_a_rule_for_everything_still_copies_what_cannot_be_merged() -> None:
     assert Counter(found.values()) == {"linear": 8, COPY: 2}
 
 
-def test_stacked_experts_are_averaged_and_that_is_said() -> None:
+def test_stacked_experts_are_merged_matrix_by_matrix() -> None:
     stacks: Tensors = {f"model.layers.{i}.mlp.experts.down_proj": ("BF16", (4, 8, 8)) for i in range(3)}
-    storage = family(stacks, config={"model_type": "qwen3_moe"})
-    plan = planned(recipe("actmat"), storage)
-    assert set(methods_of(plan).values()) == {"linear"}
-    assert plan.warnings == (
-        "3 stacked expert tensor(s) such as `model.layers.0.mlp.experts.down_proj` are averaged: "
-        "`actmat` merges 2-D matrices",
-    )
-    assert planned(recipe("linear"), storage).warnings == ()
+    plan = planned(recipe("actmat"), family(stacks, config={"model_type": "qwen3_moe"}))
+    assert {(step.method, step.matrices) for step in plan.steps} == {("actmat", 4)}
+    assert plan.warnings == ()
 
 
 def test_a_class_taken_from_the_shape_is_said() -> None:

@@ -62,7 +62,7 @@ class DerivedEntry(TensorEntry):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Run:
     """A run of the entry's one part, which is itself derived."""
 
     first_element: int
@@ -76,7 +76,9 @@ class _Part:
         out.copy_(read(entry.parts[0], self.first_element + first_element, out.numel()))
 
 
-def part_of(entry: DerivedEntry, shape: tuple[int, ...], first_element: int) -> DerivedEntry:
-    """A run of a derived tensor as a tensor of its own: of `shape`, from `first_element` of the flattened whole on."""
+def run_of(entry: TensorEntry, shape: tuple[int, ...], first_element: int) -> TensorEntry:
+    """A run of a tensor as one of its own: of `shape`, from `first_element` of the flattened whole on."""
     nbytes = math.prod(shape) * DTYPE_BYTES[entry.dtype]
-    return replace(entry, shape=shape, nbytes=nbytes, parts=(entry,), derivation=_Part(first_element))
+    if isinstance(entry, DerivedEntry):
+        return replace(entry, shape=shape, nbytes=nbytes, parts=(entry,), derivation=_Run(first_element))
+    return replace(entry, shape=shape, nbytes=nbytes, offset=entry.offset + first_element * DTYPE_BYTES[entry.dtype])

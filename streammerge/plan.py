@@ -20,6 +20,7 @@ from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_
 from streammerge.errors import PlanError, escaped, listed, quoted
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
+from streammerge.mixtures import in_layout_of
 from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.pools import input_of
@@ -143,7 +144,8 @@ def make_plan(
     too small for the largest step. Nothing is written.
     """
     names = recipe.names
-    models = tuple(open_model(storage, location) for location in recipe.locations[: len(names)])
+    first, *others = (open_model(storage, location) for location in recipe.locations[: len(names)])
+    models = (first, *(in_layout_of(first, other) for other in others))
     _refuse_quantised(models, names)
     models, vocabulary, remarks = united(recipe, models, names, storage)
     _refuse_differences(models, names)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
-from streammerge.derived import DerivedEntry, part_of
+from streammerge.derived import run_of
 from streammerge.rules import Role
 from streammerge.solve.cost import BLOCK_BUFFERS
 
@@ -135,10 +135,7 @@ def matrices_of(step: Step) -> Iterator[Step]:
 
 def _matrix_of(entry: TensorEntry, number: int) -> TensorEntry:
     shape = entry.shape[-2:]
-    nbytes = entry.nbytes // entry.shape[0]
-    if isinstance(entry, DerivedEntry):
-        return part_of(entry, shape, number * math.prod(shape))
-    return replace(entry, shape=shape, offset=entry.offset + number * nbytes, nbytes=nbytes)
+    return run_of(entry, shape, number * math.prod(shape))
 
 
 def stacked(parts: Sequence[Step]) -> Step:

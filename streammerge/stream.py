@@ -30,6 +30,9 @@ from streammerge.workspace import Workspace
 from streammerge_kernels.apply import apply_
 from streammerge_kernels.matmul import fast_matmul
 
+# up to here threads cost a matrix more than they save
+SMALL_MATRIX_ELEMENTS = 1 << 16
+
 
 class Stream:
     """Iterate to merge: blocks come in the plan's order, each tensor's in the order of its bytes.
@@ -52,7 +55,8 @@ class Stream:
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
         self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
-        self._workers = _workers()
+        self._threads = thread_limit()
+        self._workers = _workers(self._threads)
         self._output: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes
         memory = torch.empty(plan.memory.output_slots * slot_bytes, dtype=torch.uint8)
@@ -103,7 +107,7 @@ class Stream:
     def _run(self, step: Step) -> Iterator[Block]:
         started = time.perf_counter()
         tallies = {part.name: Tally(part) for part in step.parts or (step,)}
-        torch.set_num_threads(_threads_for(step))
+        torch.set_num_threads(_threads_for(step, self._threads))
         waiting: Block | None = None
         for finished in self._merge(step, tallies):
             if waiting is not None:
@@ -152,7 +156,7 @@ class Stream:
 
     def _look_at_model(self, number: int, step: Step) -> None:
         block = self._schedule.block_elements(step)
-        torch.set_num_threads(_threads_for(step))
+        torch.set_num_threads(_threads_for(step, self._threads))
         for matrix in matrices_of(step):
             reader = StepReader(self.ahead, self._schedule.look_sources(matrix), block)
             for deltas in self._model_blocks(matrix, reader, block):
@@ -285,15 +289,17 @@ class _Runs:
         return self._kept[position]
 
 
-def _threads_for(step: Step) -> int:
+def _threads_for(step: Step, most: int) -> int:
     # matrix products hide reading and writing; blocks of elements compete with them for the cores, and
     # a parallel loop whose threads must wait for a core is many times slower than a serial one
-    return thread_limit() if step.by_matrix else max(thread_limit() - 2, 1)
+    if step.by_matrix:
+        return most if step.elements // step.matrices > SMALL_MATRIX_ELEMENTS else 1
+    return max(most - 2, 1)
 
 
-def _workers() -> ThreadPoolExecutor:
+def _workers(count: int) -> ThreadPoolExecutor:
     """Threads that each work on a piece of a block: unlike a parallel loop's, none waits for another."""
-    return ThreadPoolExecutor(thread_limit(), "streammerge-piece", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(count, "streammerge-piece", torch.set_num_threads, (1,))
 
 
 def thread_limit() -> int:

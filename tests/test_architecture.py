@@ -44,6 +44,7 @@ LAYERS = (
     "layout",
     "models",
     "vocabulary",
+    "mixtures",
     "recipe",
     "token_rules",
     "slices",

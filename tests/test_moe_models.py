@@ -112,3 +112,36 @@ def test_one_expert_alone_comes_back(kind, hub, method, tmp_path):
     changed = logits(expert) - logits(built(kind))
     assert float(changed.norm()) > 0.1
     assert float((logits(found) - logits(expert)).norm() / changed.norm()) < 1e-3
+
+
+TWO_LAYOUTS = [kind for kind in CONFIGS if kind not in STACKED_ONLY]
+
+
+def mixed(kind: str, folder: Path, *, base_hub: bool) -> tuple[dict[str, Path], dict[str, Path]]:
+    """A base and two experts, one of which is stored in the other layout, and the same all in the base's."""
+    models = {"base": built(kind), "one": trained(built(kind), 1), "two": trained(built(kind), 2)}
+    alike = {name: saved(model, folder / f"alike-{name}", hub=base_hub) for name, model in models.items()}
+    other = saved(models["two"], folder / "other", hub=not base_hub)
+    return alike, {**alike, "two": other}
+
+
+@pytest.mark.parametrize("kind", TWO_LAYOUTS)
+@pytest.mark.parametrize("base_hub", [True, False], ids=["base apart", "base stacked"])
+@pytest.mark.parametrize("method", ["linear", "ties", "actmat"])
+def test_experts_in_another_layout_are_merged_in_the_bases(kind, base_hub, method, tmp_path):
+    alike, other = mixed(kind, tmp_path, base_hub=base_hub)
+    streammerge.merge(recipe_of(alike, method), tmp_path / "expected")
+    streammerge.merge(recipe_of(other, method), tmp_path / "out")
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected")
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    checked = streammerge.verify(tmp_path / "out", inputs=True, recompute=1000)
+    assert (checked.problems, checked.unchecked, len(checked.recomputed)) == ((), (), len(found))
+
+
+@pytest.mark.parametrize("base_hub", [True, False], ids=["base apart", "base stacked"])
+def test_nothing_of_another_layout_is_read_twice(base_hub, tmp_path):
+    alike, other = mixed("qwen3_moe", tmp_path, base_hub=base_hub)
+    plans = [streammerge.plan(recipe_of(family, "actmat")) for family in (alike, other)]
+    assert plans[0].read_bytes == plans[1].read_bytes
+    assert plans[0].layout == plans[1].layout

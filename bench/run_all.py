@@ -41,6 +41,7 @@ def main() -> None:
     for script in ("correctness", "speed", "linear_io", "readers", "checks"):
         bench(script)
     trim(model_set, experts=0)
+    bench("moe")
     bench("memory", "--case", "actmat-3-deep")
     trim(deep_set, experts=0)
     print("\n" + rows.table(("benchmark", "outcome", "minutes"), lines))

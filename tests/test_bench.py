@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from streammerge import api
 from streammerge.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -170,6 +171,17 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
 SCRIPTS = (
     "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "run_all", "gpu",
 )  # fmt: skip
+    "generate",
+    "memory",
+    "correctness",
+    "speed",
+    "linear_io",
+    "beside_mergekit",
+    "readers",
+    "moe",
+    "run_all",
+    "gpu",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -224,3 +236,35 @@ def test_without_its_checks_a_merge_sees_no_nan(bench, tmp_path):
         with pytest.raises(SystemExit, match=told):
             bench("checks").merge((without,), recipe, tmp_path / without)
     bench("checks").merge(("inputs", "outputs"), recipe, tmp_path / "neither")
+def test_a_mixtures_plan_and_its_many_small_merges_are_timed(bench, tmp_path):
+    script = str(BENCH / "moe.py")
+    options = ["--size", "tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    ran = bench("child").run([sys.executable, script, *options])
+    assert "linear" in ran.stdout
+    assert "actmat" in ran.stdout
+    plan, *merges = (json.loads(line) for line in (tmp_path / "moe.jsonl").read_text().splitlines())
+    assert (plan["steps"], plan["torch"]) == (69, False)
+    assert [(row["method"], row["matrices"]) for row in merges] == [("linear", 48), ("actmat", 48)]
+    for row in merges:
+        assert row["small_cpu_seconds"] == pytest.approx(row["beside_cpu_seconds"] + row["arithmetic_cpu_seconds"])
+        assert row["share"] == row["beside_cpu_seconds"] / row["large_cpu_seconds"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_merge_that_gave_something_else_is_not_timed(bench, tmp_path):
+    moe = bench("moe")
+    shape = moe.Shape(layers=1, experts=2, hidden=8, wide=8, body=False)
+    folders = moe.filled(tmp_path / "models", shape)
+    assert moe.merged(folders, "linear", tmp_path / "out", 6).seconds > 0.0
+    assert moe.arithmetic(folders, "linear", tmp_path / "out").seconds > 0.0
+    with pytest.raises(SystemExit, match="off the method by itself; nothing is timed"):
+        moe.arithmetic(folders, "task_arithmetic", tmp_path / "out")
+
+
+def test_hollow_models_have_the_tensors_of_their_shape_and_take_no_disk(bench, tmp_path):
+    moe = bench("moe")
+    shape = moe.Shape(layers=2, experts=4, stacked=True)
+    base, *_ = moe.hollow(tmp_path / "models", shape)
+    found = api.inspect(base).models[0]
+    assert {name: entry.shape for name, entry in found.tensors.items()} == dict(shape.tensors())
+    assert sum(file.stat().st_blocks * 512 for file in base.iterdir()) < 1 << 20 < found.tensor_bytes

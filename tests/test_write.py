@@ -19,6 +19,7 @@ from streammerge import write
 from streammerge.errors import OutputError
 from streammerge.layout import Layout, lay_out
 from streammerge.outcome import Block, Outcome
+from streammerge.storage import output
 from streammerge.storage.output import OutputFile
 from streammerge.write import JOURNAL, Writer
 from tests.stored import models_under, streammerge_threads, tensors_of
@@ -433,3 +434,17 @@ def test_two_writers_of_one_process_do_not_share_a_folder_either(out):
 def test_the_journal_is_gone_from_a_published_folder(out):
     write_all(out)
     assert JOURNAL not in os.listdir(out)
+
+
+def test_the_kernel_is_asked_to_store_large_runs_and_none_twice(tmp_path, monkeypatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(output, "_start_writeback", lambda descriptor, *place: asked.append(place))
+    megabyte = 1 << 20
+    file = OutputFile(tmp_path / "file", 8 * megabyte, create=True)
+    for offset in range(0, 3 * megabyte, 4096):
+        file.write(offset, memoryview(bytes(4096)))
+    file.write(5 * megabyte, memoryview(bytes(2 * megabyte)))
+    # of a run that ends before there is enough, the sync takes care
+    file.write(3 * megabyte, memoryview(bytes(4096)))
+    file.close()
+    assert asked == [(number * megabyte, megabyte) for number in range(3)] + [(5 * megabyte, 2 * megabyte)]

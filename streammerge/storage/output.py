@@ -10,6 +10,8 @@ from pathlib import Path
 
 _CALL_LIMIT_BYTES = 1 << 30
 _SYNC_FILE_RANGE_WRITE = 2
+# the kernel is asked to store runs of about this many bytes: asking for every small tensor takes longer than writing it
+_WRITEBACK_BYTES = 1 << 20
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -19,6 +21,8 @@ class OutputFile:
     def __init__(self, path: Path, nbytes: int, *, create: bool) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
         self._descriptor = os.open(path, flags, 0o644)
+        # what was written last without a gap, and not yet asked for
+        self._begin = self._end = 0
         try:
             if create:
                 self._allocate(nbytes)
@@ -27,11 +31,16 @@ class OutputFile:
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write at an offset and let the kernel begin storing it at once."""
+        """Write at an offset and let the kernel begin storing it, at once or with what follows it."""
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done : done + _CALL_LIMIT_BYTES], offset + done)
-        _start_writeback(self._descriptor, offset, len(data))
+        if offset != self._end:
+            self._begin = offset
+        self._end = offset + len(data)
+        if self._end - self._begin >= _WRITEBACK_BYTES:
+            _start_writeback(self._descriptor, self._begin, self._end - self._begin)
+            self._begin = self._end
 
     def read(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from an offset; how many bytes there were."""

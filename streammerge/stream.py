@@ -30,8 +30,8 @@ from streammerge.workspace import Workspace
 from streammerge_kernels.apply import apply_
 from streammerge_kernels.matmul import fast_matmul
 
-# up to here threads cost a matrix more than they save
-SMALL_MATRIX_ELEMENTS = 1 << 16
+# up to here several threads save a matrix no time, and on busy cores cost much: 128 x 128
+SMALL_MATRIX_ELEMENTS = 1 << 14
 
 
 class Stream:

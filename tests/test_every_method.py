@@ -88,6 +88,7 @@ def threads() -> Iterator[None]:
 def test_the_bytes_depend_neither_on_slots_nor_on_threads(method, monkeypatch):
     storage = storage_for(method)
     results = []
+    monkeypatch.setattr(stream, "SMALL_MATRIX_ELEMENTS", 0)
     # blocks in a stream begin at whole panels of 8192 elements, or are whole tensors: the small ones here
     for slot_bytes, count in ((1 << 14, 1), (1 << 16, 2), (4 << 20, 2)):
         monkeypatch.setattr(stream, "thread_limit", lambda count=count: count)

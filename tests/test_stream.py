@@ -166,6 +166,7 @@ def test_the_bytes_do_not_depend_on_the_size_of_slots(models, method, rounding):
 def test_the_bytes_do_not_depend_on_slots_threads_or_budget(monkeypatch, method):
     storage = small_family()
     results = []
+    monkeypatch.setattr(stream, "SMALL_MATRIX_ELEMENTS", 0)
     for slot_bytes, threads in itertools.product((64, 256, 4 << 20), (1, 2)):
         monkeypatch.setattr(stream, "thread_limit", lambda threads=threads: threads)
         results.append(merged_in_memory(planned(storage, method, slot_bytes=slot_bytes), storage))
@@ -265,6 +266,21 @@ def test_torch_is_left_with_the_settings_it_had():
 
 def test_arithmetic_gets_the_cpus_that_this_process_may_use():
     assert 1 <= thread_limit() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (3, 16, 24)], ids=["matrix", "stack"])
+def test_small_matrices_are_merged_by_one_thread_and_large_ones_by_all(shape, monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr(stream, "thread_limit", lambda: 7)
+    monkeypatch.setattr(stream.torch, "set_num_threads", used.append)
+    name = f"model.layers.0.mlp.{'down_proj.weight' if len(shape) == 2 else 'experts.down_proj'}"
+    models = {model: {name: torch.zeros(shape)} for model in ("base", "expert")}
+    storage = MemoryStorage(models, {"model_type": "qwen3_moe"})
+    for most in (16 * 24, 16 * 24 - 1):
+        monkeypatch.setattr(stream, "SMALL_MATRIX_ELEMENTS", most)
+        streamed(Stream(planned(storage, "mean"), storage))
+    # each merge ends with what it found
+    assert used[::2] == [1, 7]
 
 
 AVERAGES = ("three_times", "backwards", "side_by_side", "asks_twice", "plans_two_takes_one", "returns_a_view")

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import child
 import rows
@@ -168,11 +169,11 @@ def merged(folders: list[Path], method: str, out: Path, matrices: int, *, repeat
 
 
 def arithmetic(folders: list[Path], method: str, out: Path) -> Took:
-    """The method by itself on some of the matrices, one thread: for one matrix. Refuses a merge that gave others."""
+    """The method by itself on some of the matrices, one thread: the median. Refuses a merge that gave others."""
     files = [safe_open(each / "model.safetensors", "pt") for each in (*folders, out)]
     rule = methods.describe(method)
     arguments = {parameter.keyword: parameter.default for parameter in rule.parameters.values()}
-    seconds = cpu_seconds = 0.0
+    seconds, cpu_seconds = [], []
     names = list(files[0].keys())[::STRIDE]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -180,10 +181,11 @@ def arithmetic(folders: list[Path], method: str, out: Path) -> Took:
         base, *experts, given = (file.get_tensor(name) for file in files)
         began, cpu = time.perf_counter(), time.process_time()
         change = rule.merge(TensorDeltas(base, experts, name=name), **arguments)
-        seconds, cpu_seconds = seconds + time.perf_counter() - began, cpu_seconds + time.process_time() - cpu
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu)
         _refuse(name, base.float().add_(change), given)
     torch.set_num_threads(threads)
-    return Took(seconds=seconds / len(names), cpu_seconds=cpu_seconds / len(names))
+    return Took(seconds=median(seconds), cpu_seconds=median(cpu_seconds))
 
 
 def _refuse(name: str, expected: Tensor, found: Tensor) -> None:

@@ -256,15 +256,10 @@ class DeviceStream:
         for part in task.shared.parts:
             bottom = top + part.shape[0]
             places = [slice(row, min(row + rows, bottom)) for row in range(top, bottom, rows)]
+            first = part.first_element - top * step.shape[1]
             applied.append(
                 [
-                    self._apply(
-                        part,
-                        deltas.origin[at],
-                        stored[at],
-                        out[at],
-                        part.first_element + (at.start - top) * step.shape[1],
-                    )
+                    self._apply(part, deltas.origin[at], stored[at], out[at], first + at.start * step.shape[1])
                     for at in places
                 ]
             )

@@ -169,19 +169,9 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
 
 
 SCRIPTS = (
-    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "run_all", "gpu",
-)  # fmt: skip
-    "generate",
-    "memory",
-    "correctness",
-    "speed",
-    "linear_io",
-    "beside_mergekit",
-    "readers",
-    "moe",
-    "run_all",
+    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "moe", "run_all",
     "gpu",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -236,6 +226,8 @@ def test_without_its_checks_a_merge_sees_no_nan(bench, tmp_path):
         with pytest.raises(SystemExit, match=told):
             bench("checks").merge((without,), recipe, tmp_path / without)
     bench("checks").merge(("inputs", "outputs"), recipe, tmp_path / "neither")
+
+
 def test_a_mixtures_plan_and_its_many_small_merges_are_timed(bench, tmp_path):
     script = str(BENCH / "moe.py")
     options = ["--size", "tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]

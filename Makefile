@@ -64,7 +64,7 @@ test-harness: .venv/dev .cache/harness-venv/ready  ## merged models run in the l
 	@touch $@
 
 FUZZ_RUNS ?= 250000
-FUZZ_TARGETS ?= header index config recipe pattern journal
+FUZZ_TARGETS ?= header index pickled config recipe pattern journal
 fuzz: .cache/fuzz-venv/ready  ## 10^6 hostile headers, indexes, configs, recipes…: FUZZ_RUNS=N of each, FUZZ_TARGETS=NAME
 	for target in $(FUZZ_TARGETS); do \
 	  .cache/fuzz-venv/bin/python tests/fuzz_atheris.py $$target -runs=$(FUZZ_RUNS) -timeout=5 -max_len=8192 \

@@ -11,9 +11,11 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from streammerge.errors import CheckpointError, listed, quoted
+from streammerge.pickled import PICKLED_ENDINGS, pickled_digest, read_pickled
 
 HEADER_LIMIT_BYTES = 100_000_000
 JSON_LIMIT_BYTES = 100_000_000
@@ -22,6 +24,8 @@ DEEPEST_JSON = 64
 MOST_JSON_VALUES = 4_000_000
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAMES = tuple(f"{stem}{ending}" for stem in ("pytorch_model", "model") for ending in PICKLED_ENDINGS)
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
@@ -123,19 +127,22 @@ class Checkpoint:
 def load_checkpoint(storage: Storage, location: str) -> Checkpoint:
     """Read a model's headers. No tensor data is touched.
 
-    Raises CheckpointError, naming the file, for anything that is not a sound safetensors model.
+    A folder with safetensors is read from those, whatever pickled weights lie beside them. Raises CheckpointError,
+    naming the file, for anything that is not a sound model.
     """
     files = storage.files(location)
     tensors: dict[str, TensorEntry] = {}
     hashes: dict[str, str] = {}
-    weight_map = None if SINGLE_NAME in files else _read_index(storage, location, files)
-    promised: dict[str, set[str]] = {SINGLE_NAME: set()} if weight_map is None else {}
+    whole, index = _weights(location, files)
+    weight_map = _read_index(storage, location, index, files) if index else None
+    promised: dict[str, set[str]] = {whole: set()} if whole else {}
     for tensor, shard in (weight_map or {}).items():
         promised.setdefault(shard, set()).add(tensor)
     for shard in sorted(promised):
-        entries, hashes[shard] = _read_header(storage, location, shard, files[shard].size)
-        if weight_map is not None:
-            _match_index(location, shard, entries.keys(), promised[shard])
+        read = _read_pickled if shard.endswith(PICKLED_ENDINGS) else _read_header
+        entries, hashes[shard] = read(storage, location, shard, files[shard].size)
+        if index is not None:
+            _match_index(location, shard, index, entries.keys(), promised[shard])
         tensors.update(entries)
     if not tensors:
         raise CheckpointError(f"{quoted(location)} holds no tensors", hint=_UNREADABLE)
@@ -197,12 +204,20 @@ def changed_files(storage: Storage, model: Checkpoint) -> list[str]:
             found.append(f"{label} had {before.size} bytes and has {now.size}")
         elif now.modified_ns != before.modified_ns:
             found.append(f"{label} was written to: its modification time is another")
-        else:
-            length = int.from_bytes(storage.read(model.location, name, 0, 8), "little")
-            header = storage.read(model.location, name, 8, min(length, HEADER_LIMIT_BYTES))
-            if hashlib.sha256(header).hexdigest() != digest:
-                found.append(f"{label} was written to: its header is another")
+        elif _header_digest(storage, model.location, name, now.size) != digest:
+            found.append(f"{label} was written to: its header is another")
     return found
+
+
+def _header_digest(storage: Storage, location: str, name: str, file_bytes: int) -> str | None:
+    if name.endswith(PICKLED_ENDINGS):
+        try:
+            return pickled_digest(partial(storage.read, location, name), file_bytes, _label(location, name))
+        except CheckpointError:
+            return None
+    length = int.from_bytes(storage.read(location, name, 0, 8), "little")
+    header = storage.read(location, name, 8, min(length, HEADER_LIMIT_BYTES))
+    return hashlib.sha256(header).hexdigest()
 
 
 _DAMAGED = "The file is damaged or was not written by safetensors. Fetch it again."
@@ -294,19 +309,37 @@ def _read_header(storage: Storage, location: str, name: str, file_bytes: int) ->
     return entries, hashlib.sha256(header).hexdigest()
 
 
-def _read_index(storage: Storage, location: str, files: Mapping[str, FileFacts]) -> dict[str, str]:
-    if INDEX_NAME not in files:
-        raise _no_weights(location, files)
-    label = _label(location, INDEX_NAME)
-    index = _read_json_file(storage, location, INDEX_NAME, files)
+def _read_pickled(storage: Storage, location: str, name: str, file_bytes: int) -> tuple[dict[str, TensorEntry], str]:
+    found, digest = read_pickled(partial(storage.read, location, name), file_bytes, _label(location, name))
+    return {t.name: TensorEntry(t.name, t.dtype, t.shape, name, t.offset, t.nbytes) for t in found}, digest
+
+
+def _weights(location: str, files: Mapping[str, FileFacts]) -> tuple[str | None, str | None]:
+    """The one file that holds all weights, or else the index of several."""
+    if SINGLE_NAME in files:
+        return SINGLE_NAME, None
+    if INDEX_NAME in files:
+        return None, INDEX_NAME
+    pickled = [name for name in PICKLED_NAMES if name in files]
+    if PICKLED_INDEX_NAME in files and not pickled:
+        return None, PICKLED_INDEX_NAME
+    if len(pickled) == 1 and PICKLED_INDEX_NAME not in files:
+        return pickled[0], None
+    raise _no_weights(location, files)
+
+
+def _read_index(storage: Storage, location: str, name: str, files: Mapping[str, FileFacts]) -> dict[str, str]:
+    label = _label(location, name)
+    index = _read_json_file(storage, location, name, files)
+    kind, ending = ("pickled", ".bin") if name == PICKLED_INDEX_NAME else ("safetensors", ".safetensors")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label} has no `weight_map`", hint=_UNREADABLE)
     for tensor, shard in weight_map.items():
         # only names of files in the model's own folder: never a path that leads elsewhere
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(ending):
             raise CheckpointError(
-                f"{label} places {quoted(tensor)} in {quoted(shard)}, which is not a safetensors file name",
+                f"{label} places {quoted(tensor)} in {quoted(shard)}, which is not a {kind} file name",
                 hint="Shards lie beside the index. Do not use models from sources you do not trust.",
             )
         if shard not in files:
@@ -317,12 +350,12 @@ def _read_index(storage: Storage, location: str, files: Mapping[str, FileFacts])
     return weight_map
 
 
-def _match_index(location: str, shard: str, found: Set[str], promised: Set[str]) -> None:
+def _match_index(location: str, shard: str, index: str, found: Set[str], promised: Set[str]) -> None:
     problems = [f"{quoted(n)} is in the index but not in the file" for n in sorted(promised - found)]
     problems += [f"{quoted(n)} is in the file but not in the index" for n in sorted(found - promised)]
     if problems:
         raise CheckpointError(
-            f"{_label(location, shard)} does not match {quoted(INDEX_NAME)}:{listed(problems)}",
+            f"{_label(location, shard)} does not match {quoted(index)}:{listed(problems)}",
             hint="The folder mixes files of two models or two downloads. Fetch it again.",
         )
 
@@ -334,10 +367,14 @@ def _no_weights(location: str, files: Mapping[str, FileFacts]) -> CheckpointErro
             f"{quoted(location)} has {found}: it holds an adapter",
             hint="Merge the adapter into its base model first, for example with PEFT's `merge_and_unload`.",
         )
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+    pickled = [name for name in files if name.endswith(PICKLED_ENDINGS)]
+    if pickled:
         return CheckpointError(
-            f"{quoted(location)} has {found}: its weights are pickled",
-            hint="Convert them to safetensors first: load with transformers, then `save_pretrained`.",
+            f"{quoted(location)} has {found}: of {len(pickled)} pickled file{'s' if len(pickled) > 1 else ''} "
+            f"such as {quoted(pickled[0])} none is known to be all of its weights",
+            hint=f"Pickled weights are read from {quoted(PICKLED_NAMES[0])}, from the shards of "
+            f"{quoted(PICKLED_INDEX_NAME)}, or from one file {quoted('model')} with such an ending. "
+            "Or convert them to safetensors: load with transformers, then `save_pretrained`.",
         )
     return CheckpointError(f"{quoted(location)} has {found}", hint="Name a Hugging Face model folder.")
 

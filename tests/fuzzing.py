@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any
 from streammerge.checkpoint import (
     DTYPE_BYTES,
     INDEX_NAME,
+    PICKLED_NAMES,
     SINGLE_NAME,
     ByteFile,
     Checkpoint,
@@ -84,6 +87,21 @@ def tensor(dtype: str, shape: list[int], begin: int) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + nbytes]}
 
 
+def archive_of(members: Mapping[str, bytes]) -> bytes:
+    """A zip archive of these members, uncompressed."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return written.getvalue()
+
+
+def pickled_file(pickle: bytes) -> bytes:
+    """What `torch.save` writes, with any pickle in it, around a storage of 12 float32 and one of 5 int64."""
+    storages = {"m/data/0": bytes(48), "m/byteorder": b"little", "m/data/1": bytes(40)}
+    return archive_of({"m/data.pkl": pickle, **storages})
+
+
 def _is_shown_safely(error: StreamMergeError) -> None:
     for text in (error.message, error.hint or ""):
         if not text.replace("\n  ", " ").isprintable():
@@ -103,7 +121,8 @@ def _loaded(contents: Mapping[str, bytes]) -> Checkpoint | None:
         size = len(contents[entry.file])
         if not 8 <= entry.offset <= entry.offset + entry.nbytes <= size:
             raise AssertionError(f"{entry} leads out of its file of {size} bytes")
-        if entry.offset < ends.get(entry.file, 0):
+        # tied tensors share what they lie in
+        if entry.offset < ends.get(entry.file, 0) and entry.file not in PICKLED_NAMES:
             raise AssertionError(f"{entry} overlaps")
         ends[entry.file] = entry.offset + entry.nbytes
         if entry.nbytes != entry.elements * DTYPE_BYTES[entry.dtype]:
@@ -133,6 +152,11 @@ _SHARDS = {
 def index(data: bytes) -> None:
     """An index over two sound shards, with a file of another kind beside them."""
     _loaded({INDEX_NAME: data, **_SHARDS, "pytorch_model.bin": b"x"})
+
+
+def pickled(data: bytes) -> None:
+    """Pickled weights, or the pickle of some."""
+    _loaded({PICKLED_NAMES[0]: data if data[:2] == b"PK" else pickled_file(data)})
 
 
 def config(data: bytes) -> None:
@@ -227,6 +251,7 @@ def _resumed(opened: Journal) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "index": index,
+    "pickled": pickled,
     "config": config,
     "recipe": recipe,
     "pattern": pattern,
@@ -281,7 +306,17 @@ _RECIPES = (
     "slices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n  - {model: b, layer_range: [0, 2]}\n"
     'merge_method: slerp\nbase_model: a\nparameters: &p {t: 0.5}\nname: "x\\u00e9"\n',
 )
+# {"a": a float32 [3, 4], "tied": the same, "b": a parameter of int64 [5]} with a `_metadata`, by `torch.save`
+_PICKLE = (
+    b"\x80\x02ccollections\nOrderedDict\nq\x00)Rq\x01(X\x01\x00\x00\x00aq\x02ctorch._utils\n_rebuild_tensor_v2\nq\x03("
+    b"(X\x07\x00\x00\x00storageq\x04ctorch\nFloatStorage\nq\x05X\x01\x00\x00\x000q\x06X\x03\x00\x00\x00cpuq\x07K\x0ctq\x08Q"
+    b"K\x00K\x03K\x04\x86q\tK\x04K\x01\x86q\n\x89h\x00)Rq\x0btq\x0cRq\rX\x04\x00\x00\x00tiedq\x0eh\rX\x01\x00\x00\x00bq\x0f"
+    b"ctorch._utils\n_rebuild_parameter\nq\x10h\x03((h\x04ctorch\nLongStorage\nq\x11X\x01\x00\x00\x001q\x12h\x07K\x05tq\x13Q"
+    b"K\x00K\x05\x85q\x14K\x01\x85q\x15\x89h\x00)Rq\x16tq\x17Rq\x18\x88h\x00)Rq\x19\x87q\x1aRq\x1bu"
+    b"}q\x1cX\t\x00\x00\x00_metadataq\x1d}q\x1eX\x00\x00\x00\x00q\x1f}q X\x07\x00\x00\x00versionq!K\x01sssb."
+)
 SEEDS: dict[str, tuple[bytes, ...]] = {
+    "pickled": (_PICKLE, pickled_file(_PICKLE)),
     "header": (
         file_of({"__metadata__": {"format": "pt"}, **_TENSORS}, bytes(81)),
         file_of({"a": tensor("F32", [2], 0), "b": tensor("U8", [3, 1], 8)}, bytes(11)),

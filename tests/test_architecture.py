@@ -68,6 +68,8 @@ LAYERS = (
     "derived",
     "tokenizer",
     "checkpoint",
+    "pickled",
+    "zipped",
     "errors",
 )
 SOURCES = sorted([*ROOT.glob("streammerge/**/*.py"), *ROOT.glob("kernels/streammerge_kernels/*.py")])

@@ -502,14 +502,11 @@ NO_WEIGHTS = f"`m` has no `{SINGLE}` and no `{INDEX}`"
         ((), NO_WEIGHTS, "Name a Hugging Face model folder."),
         (("config.json", "model.gguf"), NO_WEIGHTS, "Name a Hugging Face model folder."),
         (
-            ("pytorch_model.bin",),
-            NO_WEIGHTS + ": its weights are pickled",
-            "Convert them to safetensors first: load with transformers, then `save_pretrained`.",
-        ),
-        (
-            ("consolidated.00.pth",),
-            NO_WEIGHTS + ": its weights are pickled",
-            "Convert them to safetensors first: load with transformers, then `save_pretrained`.",
+            ("consolidated.00.pth", "consolidated.01.pth"),
+            NO_WEIGHTS + ": of 2 pickled files such as `consolidated.00.pth` none is known to be all of its weights",
+            "Pickled weights are read from `pytorch_model.bin`, from the shards of `pytorch_model.bin.index.json`, or "
+            "from one file `model` with such an ending. "
+            "Or convert them to safetensors: load with transformers, then `save_pretrained`.",
         ),
         (
             ("adapter_model.safetensors", "training_args.bin"),

@@ -15,6 +15,7 @@ from streammerge import owners
 from streammerge.capturing.samples import Sample
 from streammerge.checkpoint import Checkpoint
 from streammerge.errors import PlanError, StreamMergeError, escaped, quoted
+from streammerge.pickled import PICKLED_ENDINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
     location = quoted(checkpoint.location)
     if checkpoint.config.get("quantization_config"):
         raise PlanError(f"{location} is quantised", hint="Dequantise it to bfloat16 first.")
+    if any(name.endswith(PICKLED_ENDINGS) for name in checkpoint.header_sha256):
+        raise PlanError(
+            f"{location} has pickled weights, which a capture does not run",
+            hint="Convert them to safetensors first: load with transformers, then `save_pretrained`.",
+        )
     if "adapter_config.json" in checkpoint.files:
         raise PlanError(f"{location} holds an adapter beside the weights", hint="Merge it into them first.")
     if "config.json" not in checkpoint.files:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from streammerge.checkpoint import ByteFile, FileFacts
 from streammerge.errors import CheckpointError, quoted
+from streammerge.pickled import PICKLED_ENDINGS
 
 # one system call moves at most 0x7ffff000 bytes on Linux
 _CALL_LIMIT_BYTES = 1 << 30
@@ -53,7 +54,7 @@ class LocalStorage:
     def read(self, location: str, name: str, offset: int, nbytes: int) -> bytes:
         """A small range of a file. Only weights may be links to anywhere: other files are copied into the output."""
         path = self._path(location, name)
-        if not name.endswith(".safetensors"):
+        if not name.endswith((".safetensors", *PICKLED_ENDINGS)):
             _refuse_leaving(path)
         descriptor = _open(path)
         parts: list[bytes] = []

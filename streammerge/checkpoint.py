@@ -97,6 +97,11 @@ class TensorEntry:
         return math.prod(self.shape)
 
     @property
+    def output_dtype(self) -> str:
+        """The dtype that it has in the output where the recipe names none."""
+        return self.dtype
+
+    @property
     def is_float(self) -> bool:
         """Whether it can be merged; anything else passes through."""
         return self.dtype in FLOAT_DTYPES
@@ -109,6 +114,7 @@ class Checkpoint:
     location  the folder
     files, header_sha256  of that folder: all plain files; those of weights, by the digest of their headers
     besides   other folders that some of the tensors are made of, such as an adapter's
+    notes     what of the folder's content is not in `tensors`, for the plan to warn of
     """
 
     location: str
@@ -117,6 +123,7 @@ class Checkpoint:
     files: Mapping[str, FileFacts]
     header_sha256: Mapping[str, str]
     besides: tuple[Checkpoint, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:

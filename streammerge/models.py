@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from streammerge.checkpoint import Checkpoint, Storage, load_checkpoint
+from streammerge.fp8 import dequantised
 
 View = Callable[[Checkpoint], Checkpoint]
 """Puts derived tensors in place of those that cannot be merged as they are stored; a model without any is unchanged."""
 
-VIEWS: tuple[View, ...] = ()
+VIEWS: tuple[View, ...] = (dequantised,)
 
 
 def open_model(storage: Storage, location: str) -> Checkpoint:

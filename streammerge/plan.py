@@ -197,10 +197,14 @@ def free_bytes(out: str) -> int:
 
 def _refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
     for model, name in zip(models, names, strict=True):
-        if model.config.get("quantization_config"):
+        config = model.config.get("quantization_config")
+        if config:
+            method = config.get("quant_method") if isinstance(config, Mapping) else None
+            by_method = f" by {quoted(method)}" if method else ""
             raise PlanError(
-                f"{quoted(name)} is quantised: its config.json has a `quantization_config`",
-                hint="Dequantise it to bfloat16 first. Codes and scales cannot be merged as numbers.",
+                f"{quoted(name)} is quantised{by_method}: its config.json has a `quantization_config`",
+                hint="Dequantise it to bfloat16 first, with the tool that quantised it: of quantised models only those "
+                "in 8-bit floats with scales are read as they are.",
             )
 
 
@@ -303,7 +307,7 @@ def _step(
     reference = models[0].tensors[name]
     rule = recipe.rule_for(name)
     method = _method_for(recipe, rule, role, reference)
-    dtype = (recipe.output_dtype or reference.dtype) if reference.is_float else reference.dtype
+    dtype = (recipe.output_dtype or reference.output_dtype) if reference.is_float else reference.dtype
     passes_non_finite = recipe.non_finite == "pass"
     if method is None:
         return Step(
@@ -417,7 +421,7 @@ def _matrix_shape(entry: TensorEntry, role: Role) -> tuple[int, int]:
 def _warnings(
     recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], steps: Sequence[Step]
 ) -> tuple[str, ...]:
-    found = []
+    found = [note for model in models for note in model.notes]
     if recipe.past and recipe.past.inputs is not None:
         pairs = zip(recipe.past.inputs, models, strict=True)
         changed = [line for before, model in pairs for line in changed_files(before, model)[0]]

@@ -65,6 +65,7 @@ LAYERS = (
     "patterns",
     "budget",
     "row_maps",
+    "fp8",
     "derived",
     "tokenizer",
     "checkpoint",

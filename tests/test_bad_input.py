@@ -181,7 +181,11 @@ def infinity_in_the_base(case: Case) -> None:
     case.rewrite("base", lm_head__weight=torch.full((64, 16), -math.inf))
 
 
-@gives(PlanError, r"`math` is quantised", "Dequantise it to bfloat16 first.")
+@gives(
+    PlanError,
+    r"`math` is quantised: its config\.json",
+    "Dequantise it to bfloat16 first, with the tool that quantised it",
+)
 def quantised(case: Case) -> None:
     config = case.family["math"] / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))

@@ -356,11 +356,12 @@ def test_a_slice_over_another_number_of_layers_is_refused(layers: int, base: str
     )
 
 
-def test_a_quantised_model_is_refused() -> None:
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "mxfp4", "quark"])
+def test_a_quantised_model_is_refused(method: str) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
     message, hint = refused(recipe(), family(config=config))
-    assert message == "`base` is quantised: its config.json has a `quantization_config`"
-    assert hint == "Dequantise it to bfloat16 first. Codes and scales cannot be merged as numbers."
+    assert message == f"`base` is quantised by `{method}`: its config.json has a `quantization_config`"
+    assert hint.startswith("Dequantise it to bfloat16 first, with the tool that quantised it")
 
 
 def test_an_empty_quantization_config_is_none() -> None:

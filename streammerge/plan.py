@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge import methods
+from streammerge.alike import made_alike
 from streammerge.budget import available_memory_bytes, format_bytes
 from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry
 from streammerge.compare import differences
@@ -147,6 +148,7 @@ def make_plan(
     first, *others = (open_model(storage, location) for location in recipe.locations[: len(names)])
     models = (first, *(in_layout_of(first, other) for other in others))
     _refuse_quantised(models, names)
+    models, notes = made_alike(models, names)
     models, vocabulary, remarks = united(recipe, models, names, storage)
     _refuse_differences(models, names)
     _refuse_part_of_the_layers(recipe, models[0], names[0])
@@ -166,7 +168,7 @@ def make_plan(
         steps=steps,
         layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
         memory=memory,
-        warnings=tuple(recipe.warnings) + remarks + _warnings(recipe, models, names, steps),
+        warnings=tuple(recipe.warnings) + notes + remarks + _warnings(recipe, models, names, steps),
         max_shard_bytes=max_shard_bytes,
         device=device,
         device_memory=None

@@ -161,6 +161,23 @@ _INTEGERS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SMALLEST_VOCABULARY = 1000
 
+_MADE_AT_LOAD = (
+    # Llama and GPT-NeoX of old
+    (re.compile(r"(?:^|\.)rotary_emb\.inv_freq$"), (1,)),
+    (re.compile(r"(?:^|\.)rotary_emb\.(?:cos|sin)_cached$"), (2, 4)),
+    # GPT-2, GPT-Neo and GPT-NeoX of old: the causal mask, and what it puts in
+    (re.compile(r"(?:^|\.)(?:attn|attention)\.bias$"), (4,)),
+    (re.compile(r"(?:^|\.)(?:attn|attention)\.masked_bias$"), (0, 1)),
+    # BERT and its kin, CLIP, ViT-like towers
+    (re.compile(r"(?:^|\.)position_ids$"), (1, 2)),
+)
+
+
+def is_made_at_load(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a buffer that a model computes from its config, whether or not it is stored."""
+    return any(len(shape) in dims and ending.search(name) for ending, dims in _MADE_AT_LOAD)
+
+
 Owners = Callable[[Mapping[str, Any]], Mapping[str, Role]]
 """Answers, for the content of config.json, what each of the model's tensors is."""
 
@@ -198,7 +215,7 @@ def _role_by_name(name: str, shape: tuple[int, ...], dtype_code: str, model_type
     if dtype_code in _INTEGERS:
         return Role(TensorClass.BUFFER)
     if len(shape) < 2:
-        return Role(TensorClass.VECTOR)
+        return Role(TensorClass.BUFFER if is_made_at_load(name, shape) else TensorClass.VECTOR)
     # layers and experts share their lines: a name is looked up once, not once per layer and expert
     return _role_by_ending(_INDEX.sub("0", name), len(shape), model_types)
 

@@ -56,6 +56,7 @@ LAYERS = (
     "delta",
     "workspace",
     "streammerge_kernels",
+    "alike",
     "compare",
     "rates",
     "devices",

@@ -69,7 +69,7 @@ ARCHITECTURES = (
     Architecture(
         "GPT2LMHeadModel",
         "gpt2",
-        {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2},
+        {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "eos_token_id": 2},
         transposed=8,
     ),
     Architecture(
@@ -111,7 +111,7 @@ ARCHITECTURES = (
         "qwen2_vl",
         {
             "text_config": {**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
-            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
             "image_token_id": IMAGE_TOKEN,
         },
     ),

@@ -115,6 +115,7 @@ class Checkpoint:
     files, header_sha256  of that folder: all plain files; those of weights, by the digest of their headers
     besides   other folders that some of the tensors are made of, such as an adapter's
     notes     what of the folder's content is not in `tensors`, for the plan to warn of
+    quantization  the `quantization_config` that `tensors` are read through, and that an output may have again
     """
 
     location: str
@@ -124,6 +125,7 @@ class Checkpoint:
     header_sha256: Mapping[str, str]
     besides: tuple[Checkpoint, ...] = ()
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def tensor_bytes(self) -> int:

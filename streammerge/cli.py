@@ -555,7 +555,7 @@ def _warn(planned: Plan) -> None:
 def _plan_text(planned: Plan, needed: int, free: int) -> str:
     recipe, memory = planned.recipe, planned.memory
     onto = f" onto {escaped(planned.names[0])}" if recipe.base else ""
-    dtypes = Counter(step.dtype for step in planned.steps)
+    dtypes = Counter(step.outputs[0][1] for step in planned.steps)
     by_method = Counter((step.method, step.role.kind.value) for step in planned.steps)
     files = sum(len(model.header_sha256) for model in planned.models)
     seconds = planned.predicted_seconds
@@ -609,7 +609,7 @@ def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
                 "class": step.role.kind.value,
                 "method": step.method,
                 "shape": list(step.shape),
-                "dtype": step.dtype,
+                "dtype": step.outputs[0][1],
                 "read_bytes": step.read_bytes,
                 "write_bytes": step.write_bytes,
                 "flops": step.flops,

@@ -100,12 +100,14 @@ def _read(storage: Storage, model: Checkpoint, name: str) -> bytes:
 
 
 def _config(plan: Plan, config: Mapping[str, Any]) -> bytes:
-    """config.json with the dtype that the output has."""
+    """config.json with the dtype that the output has, and how it is quantised."""
     written = dict(config)
     code = plan.recipe.output_dtype
     for key in ("dtype", "torch_dtype"):
         if code is not None and key in written:
             written[key] = _DTYPE_NAMES[code]
+    if plan.recipe.quantize:
+        written["quantization_config"] = plan.models[0].quantization
     return _json_text(written)
 
 

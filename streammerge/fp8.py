@@ -21,6 +21,9 @@ CODES = ("F8_E4M3", "F8_E5M2")
 # how `quant_method` in config.json calls it: DeepSeek and transformers, vLLM's llm-compressor, Meta
 METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8")
 
+# one is written while the next is filled
+CODE_BUFFERS = 2
+_ROWS_AT_A_TIME = 128
 _WEIGHT_SCALES = ("_scale_inv", "_scale")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 # of what flows between the layers: a model that is not run in 8 bits has no use for them
@@ -37,10 +40,14 @@ class BlockScales:
     rows: int
     columns: int
 
+    def across(self, codes: TensorEntry) -> int:
+        """How many blocks stand side by side."""
+        return -(-_columns(codes) // self.columns)
+
     def scratch_bytes(self, entry: DerivedEntry, elements: int) -> int:
         """The codes of a run, and the scales of its rows."""
         codes, scales = entry.parts
-        width, across = _columns(codes), _columns(scales)
+        width, across = _columns(codes), self.across(codes)
         bands = (elements // max(width, 1) + 2) // self.rows + 2
         spread = across * self.columns if across > 1 else 0
         return elements + bands * (across * (DTYPE_BYTES[scales.dtype] + 4) + spread * 4)
@@ -48,7 +55,7 @@ class BlockScales:
     def fill(self, entry: DerivedEntry, out: Tensor, first_element: int, read: ReadPart) -> None:
         """Write a run of the weight in float32."""
         codes, scales = entry.parts
-        width, across = _columns(codes), _columns(scales)
+        width, across = _columns(codes), self.across(codes)
         out.copy_(read(codes, first_element, out.numel()))
         for begin, end in _by_rows(first_element, first_element + out.numel(), width):
             top, bottom = begin // width, (end - 1) // width + 1
@@ -66,8 +73,39 @@ class BlockScales:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How a tensor is stored in 8 bits: its `codes`, and a tensor `scales` with a number for each block of them.
+
+    power_of_two  scales are those of whole exponents
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    rows: int
+    columns: int
+    power_of_two: bool
+
+    @property
+    def band_rows(self) -> int:
+        """Rows that are quantised at a time: those of a block, or many that have a scale each."""
+        return self.rows if self.rows > 1 else _ROWS_AT_A_TIME
+
+    @property
+    def band_elements(self) -> int:
+        """The most elements that are quantised at a time."""
+        return min(self.band_rows * _columns(self.codes), self.codes.elements)
+
+    @property
+    def quantising_bytes(self) -> int:
+        """The memory that quantising takes: a band in float32 thrice over, the codes of two, and all scales."""
+        return self.band_elements * (3 * 4 + CODE_BUFFERS) + self.scales.elements * 4 + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DequantisedEntry(DerivedEntry):
-    """A weight in float32 that was stored in 8 bits; written in bfloat16 unless the recipe says otherwise."""
+    """A weight in float32 that is stored in 8 bits; written in bfloat16 unless the recipe says otherwise."""
+
+    scheme: Scheme
 
     @property
     def output_dtype(self) -> str:
@@ -85,12 +123,13 @@ def dequantised(model: Checkpoint) -> Checkpoint:
     if not isinstance(config, Mapping) or not is_fp8(config):
         return model
     block = _block(config, model.location)
+    power_of_two = config.get("scale_fmt") == "ue8m0"
     dropped: set[str] = set()
     tensors: dict[str, TensorEntry] = {}
     for name, entry in model.tensors.items():
         if entry.dtype in CODES:
             scales = _scales_of(entry, model)
-            tensors[name] = _meant(entry, scales, block, model.location)
+            tensors[name] = _meant(entry, scales, block, power_of_two, model.location)
             dropped.add(scales.name)
         else:
             tensors[name] = entry
@@ -106,6 +145,8 @@ def dequantised(model: Checkpoint) -> Checkpoint:
         tensors={name: entry for name, entry in tensors.items() if name not in dropped.union(activation)},
         config={key: value for key, value in model.config.items() if key != "quantization_config"},
         notes=notes,
+        # scales of activations were measured on the model as it was
+        quantization=None if activation else config,
     )
 
 
@@ -156,7 +197,9 @@ def _scales_of(entry: TensorEntry, model: Checkpoint) -> TensorEntry:
     return found[0]
 
 
-def _meant(entry: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None, location: str) -> DequantisedEntry:
+def _meant(
+    entry: TensorEntry, scales: TensorEntry, block: tuple[int, int] | None, power_of_two: bool, location: str
+) -> DequantisedEntry:
     rows, columns = math.prod(entry.shape[:-1]), _columns(entry)
     derivation = None
     if scales.dtype not in _SCALE_DTYPES:
@@ -165,11 +208,9 @@ def _meant(entry: TensorEntry, scales: TensorEntry, block: tuple[int, int] | Non
         if len(entry.shape) == 2 and scales.shape == (-(-rows // block[0]), -(-columns // block[1])):
             derivation = BlockScales(*block)
     elif scales.elements == 1:
-        derivation = BlockScales(max(rows, 1), columns)
+        derivation = BlockScales(max(rows, 1), max(columns, 1))
     elif len(entry.shape) == 2 and scales.shape in ((rows,), (rows, 1)):
-        derivation = BlockScales(1, columns)
-        # one column of scales, however it is stored
-        scales = replace(scales, shape=(rows, 1))
+        derivation = BlockScales(1, max(columns, 1))
     if derivation is None:
         wanted = f"for each block of {list(block)}" if block else "for each row, or for all"
         raise CheckpointError(
@@ -187,6 +228,13 @@ def _meant(entry: TensorEntry, scales: TensorEntry, block: tuple[int, int] | Non
         location=entry.location,
         parts=(entry, scales),
         derivation=derivation,
+        scheme=Scheme(
+            codes=entry,
+            scales=scales,
+            rows=derivation.rows,
+            columns=derivation.columns,
+            power_of_two=power_of_two or scales.dtype == "F8_E8M0",
+        ),
     )
 
 

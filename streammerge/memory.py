@@ -118,7 +118,8 @@ def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
     by_matrix = any(step.by_matrix for step in steps) and not staged
     # the thread that reads ahead computes one run, and another that is read out of turn may be computed meanwhile
     deriving = 2 * max((_scratch_bytes(step, slot_bytes) for step in steps), default=0)
-    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving
+    quantising = max((step.scheme.quantising_bytes for step in steps if step.scheme), default=0)
+    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving + quantising
 
 
 def _scratch_bytes(step: Step, slot_bytes: int) -> int:

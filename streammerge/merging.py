@@ -14,6 +14,7 @@ from streammerge.device_stream import DeviceStream
 from streammerge.errors import CheckpointError, listed, quoted
 from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
 from streammerge.plan import Plan, weight_files
+from streammerge.quantised import quantised
 from streammerge.rates import Rates, save_rates
 from streammerge.report import Report, Seconds
 from streammerge.stream import Stream
@@ -74,7 +75,7 @@ class Merging:
     def steps(self) -> Iterator[str]:
         """Merge: after each step, a tensor or a pool of them, its last tensor's name. The workspace is free then."""
         ends = _last_of_steps(self._planned, self._resumed)
-        for block in self._stream:
+        for block in quantised(self._planned, self._stream):
             ended = block.outcome is not None and block.name in ends
             self._writer.write(block)
             if self._progress:
@@ -106,7 +107,7 @@ class Merging:
         return Report(
             out=self._out,
             recipe=planned.recipe.to_dict(),
-            tensors=tuple(writer.outcomes[step.name] for step in planned.steps),
+            tensors=tuple(writer.outcomes[name] for step in planned.steps for name, _, _ in step.outputs),
             checksums=writer.checksums,
             read_bytes=stream.ahead.read_bytes,
             written_bytes=planned.layout.total_bytes,

@@ -28,7 +28,7 @@ from streammerge.pools import input_of
 from streammerge.rates import load_rates
 from streammerge.recipe import Past, Recipe, Rule
 from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
-from streammerge.step import COPY, Step, stacked
+from streammerge.step import COPY, Step, as_stored, stacked
 from streammerge.vocabulary import VOCABULARIES_HINT, Vocabulary, differ_by_vocabulary, united
 
 FALLBACK = "linear"
@@ -148,6 +148,7 @@ def make_plan(
     first, *others = (open_model(storage, location) for location in recipe.locations[: len(names)])
     models = (first, *(in_layout_of(first, other) for other in others))
     _refuse_quantised(models, names)
+    _refuse_to_quantise(recipe, models[0], names[0])
     models, notes = made_alike(models, names)
     models, vocabulary, remarks = united(recipe, models, names, storage)
     _refuse_differences(models, names)
@@ -166,7 +167,7 @@ def make_plan(
         models=models,
         names=names,
         steps=steps,
-        layout=lay_out(((s.name, s.dtype, s.shape) for s in steps), max_shard_bytes),
+        layout=lay_out((output for step in steps for output in step.outputs), max_shard_bytes),
         memory=memory,
         warnings=tuple(recipe.warnings) + notes + remarks + _warnings(recipe, models, names, steps),
         max_shard_bytes=max_shard_bytes,
@@ -210,6 +211,20 @@ def _refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> Non
             )
 
 
+def _refuse_to_quantise(recipe: Recipe, model: Checkpoint, name: str) -> None:
+    if recipe.quantize and model.quantization is None:
+        raise PlanError(
+            f"`quantize: {recipe.quantize}` asks for the 8-bit floats of {quoted(name)}, which has none, "
+            "or also scales of activations",
+            hint="Leave it out, and quantise the output with a tool that can measure activations.",
+        )
+    if recipe.quantize and recipe.non_finite == "pass":
+        raise PlanError(
+            f"`quantize: {recipe.quantize}` and `non_finite: pass` exclude each other",
+            hint="A block with an infinity has no scale. Leave out one of them.",
+        )
+
+
 def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
     found = [
         line
@@ -250,11 +265,14 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tupl
     layers = layer_count(reference.tensors)
     # in the order of the reference's bytes, so that input and output files are passed through once
     ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))
-    return _pooled([
+    steps = [
         _step(recipe, models, experts, entry.name, kinds[entry.name],
               layer_position(entry.name, layers), reads_base)
         for entry in ordered
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if recipe.quantize:
+        steps = [each for step in steps for each in as_stored(step, reference.tensors[step.name])]
+    return _pooled(steps)
 
 
 def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -68,6 +68,7 @@ class Recipe:
     non_finite  refuse: a NaN or an infinity ends the merge; pass: methods that merge each element by itself let those
             of the inputs through, and all methods what the output's dtype cannot hold
     tokens, pad_to_multiple_of  of the vocabulary that `tokenizer_source` names: rows of single tokens, rows in all
+    quantize  base: weights that the base stores in 8-bit floats are stored so again, with scales of their own
     past    of a recipe that was read from a report: the merge that it reproduces
     """
 
@@ -81,6 +82,7 @@ class Recipe:
     rounding: Rounding = "nearest"
     non_finite: NonFinite = "refuse"
     seed: int = 0
+    quantize: str | None = None
     tokenizer_source: str | None = None
     tokens: tuple[TokenRule, ...] = ()
     pad_to_multiple_of: int | None = None
@@ -167,6 +169,7 @@ class Recipe:
             "rounding": None if self.rounding == "nearest" else self.rounding,
             "non_finite": None if self.non_finite == "refuse" else self.non_finite,
             "seed": self.seed or None,
+            "quantize": self.quantize,
             **self._plain_tokenizer(),
             "chat_template": self.chat_template,
         }
@@ -332,6 +335,7 @@ _KEYS = (
     "rounding",
     "non_finite",
     "seed",
+    "quantize",
     "tokenizer_source",
     "tokenizer",
     "chat_template",
@@ -382,6 +386,7 @@ class _Reader:
             rounding=self.optional("rounding", _rounding) or "nearest",
             non_finite=self.optional("non_finite", _non_finite) or "refuse",
             seed=self.optional("seed", _seed) or 0,
+            quantize=self.optional("quantize", lambda node: node.choice(("base",))),
             tokenizer_source=tokenizer_source,
             tokens=tokens,
             pad_to_multiple_of=multiple,

@@ -9,6 +9,7 @@ from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
 from streammerge.derived import run_of
+from streammerge.fp8 import DequantisedEntry, Scheme
 from streammerge.rules import Role
 from streammerge.solve.cost import BLOCK_BUFFERS
 
@@ -34,6 +35,7 @@ class Step:
     parts      of the matrices stacked from a pool: each one's step, from top to bottom
     matrix     which one of a stack it is
     passes_non_finite  what is not a finite number ends no merge of it, see `Recipe.non_finite`
+    scheme     the merged tensor is stored in 8 bits as this says, with its scales in a tensor of their own
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
@@ -59,6 +61,15 @@ class Step:
     parts: tuple[Step, ...] = ()
     matrix: int | None = None
     passes_non_finite: bool = False
+    scheme: Scheme | None = None
+
+    @property
+    def outputs(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, dtype and shape of each tensor that it writes."""
+        if self.scheme is None:
+            return ((self.name, self.dtype, self.shape),)
+        scales = self.scheme.scales
+        return ((self.name, self.scheme.codes.dtype, self.shape), (scales.name, scales.dtype, scales.shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +114,7 @@ class Step:
     @property
     def write_bytes(self) -> int:
         """Bytes of the merged tensor."""
-        return self.elements * DTYPE_BYTES[self.dtype]
+        return sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in self.outputs)
 
     @property
     def element_bytes(self) -> int:
@@ -155,4 +166,16 @@ def stacked(parts: Sequence[Step]) -> Step:
         base=entry(bases) if bases else None,
         experts=tuple(entry(entries) for entries in zip(*(part.experts for part in parts), strict=True)),
         parts=tuple(parts),
+    )
+
+
+def as_stored(step: Step, entry: TensorEntry) -> tuple[Step, ...]:
+    """The step or steps that write a tensor as `entry` is stored, if in 8 bits; what is copied keeps its codes."""
+    if not isinstance(entry, DequantisedEntry):
+        return (step,)
+    if step.method != COPY:
+        return (replace(step, dtype="F32", scheme=entry.scheme),)
+    return tuple(
+        replace(step, name=part.name, experts=(part,), dtype=part.dtype)
+        for part in (entry.scheme.codes, entry.scheme.scales)
     )

@@ -23,6 +23,7 @@ LAYERS = (
     "verification",
     "recompute",
     "report",
+    "quantised",
     "write",
     "journal",
     "entries",

@@ -14,6 +14,7 @@ from streammerge.rules import (
     NAME_RULES,
     Role,
     TensorClass,
+    is_made_at_load,
     layer_count,
     layer_position,
     role_by_name,
@@ -177,8 +178,8 @@ def test_integers_are_buffers_under_any_name_and_shape(name, shape, dtype_code):
 
 
 @given(names, st.lists(st.integers(0, 9000), max_size=1).map(tuple), st.sampled_from(FLOATS))
-def test_floats_of_at_most_one_dimension_are_vectors_under_any_name(name, shape, dtype_code):
-    assert role_by_name(name, shape, dtype_code, {}) == Role(VECTOR)
+def test_floats_of_at_most_one_dimension_are_vectors_unless_a_model_computes_them(name, shape, dtype_code):
+    assert role_by_name(name, shape, dtype_code, {}) == Role(BUFFER if is_made_at_load(name, shape) else VECTOR)
 
 
 @given(st.sampled_from(NAMED + TRANSPOSED), st.integers(0, 999), st.sampled_from(["", "model.", "module.a_b."]))

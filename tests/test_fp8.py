@@ -266,6 +266,30 @@ def test_a_merged_folder_is_a_plain_model_that_passes_every_check(tmp_path: Path
     assert len(verified.recomputed) == 6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_transformers_reads_the_same_numbers(tmp_path: Path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, dtype="bfloat16", **sizes)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    tensors = tensors_of(tmp_path / "plain")
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors[name], tensors[name + "_scale_inv"] = quantised(tensors[name].float(), 128, 128)
+    folder = save_model(tmp_path / "codes", tensors)
+    plain = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**plain, "quantization_config": BLOCKS}))
+    streammerge.merge({"merge_method": "linear", "models": [{"model": str(folder)}]}, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+    ).state_dict()
+    ours = tensors_of(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name], tensor), name
+
+
 # what does not fit
 
 

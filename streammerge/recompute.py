@@ -96,7 +96,10 @@ def recompute(
     there = []
     for step in plan.steps:
         entry, method = model.tensors.get(step.name), told.get(step.name, {}).get("method")
-        if entry is None or entry.shape != step.shape or entry.dtype != own[step.name].dtype:
+        if own[step.name].scheme is not None:
+            # the codes of what merging again gives would say little of how well it was merged
+            findings.unchecked.append(f"{quoted(step.name)} is stored in 8 bits: it was not merged again")
+        elif entry is None or entry.shape != step.shape or entry.dtype != own[step.name].dtype:
             wanted = f"{own[step.name].dtype} {list(step.shape)}"
             seen = f"{entry.dtype} {list(entry.shape)}" if entry else "not there"
             findings.problems.append(f"{quoted(step.name)} is {seen}, and the recipe gives {wanted}")

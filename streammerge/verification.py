@@ -15,6 +15,7 @@ from streammerge.compare import differences
 from streammerge.errors import CheckpointError, MergeError, OutputError, quoted
 from streammerge.folder import REPORT_NAME
 from streammerge.journal import JOURNAL
+from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.plan import changed_files
 from streammerge.recipe import Recipe
@@ -63,7 +64,7 @@ def verify(
             hint="Only folders that streammerge wrote can be compared with their inputs.",
         )
     found = Findings([], [], [])
-    reference = None if base is None else load_checkpoint(storage, base)
+    reference = None if base is None else open_model(storage, base)
     if reference is not None:
         found.problems += differences(reference, model, reference.location, location)
     if JOURNAL in model.files:
@@ -199,7 +200,7 @@ def _check_inputs(recipe: Recipe, storage: Storage, found: Findings) -> bool:
     before = len(found.problems)
     for location, files in zip(recipe.locations, recipe.past.inputs, strict=True):
         try:
-            changed, touched = changed_files(files, load_checkpoint(storage, location))
+            changed, touched = changed_files(files, open_model(storage, location))
         except CheckpointError as error:
             changed, touched = (f"an input is no sound model any more: {error.message}",), ()
         # what is listed twice, such as one folder of data for all experts, is told once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from streammerge.api import batch, capture, evaluate, inspect, merge, plan, verify
+from streammerge.api import batch, capture, evaluate, extract, inspect, merge, plan, verify
 from streammerge.errors import StreamMergeError
 from streammerge.recipe import Recipe
 
@@ -22,6 +22,7 @@ __all__ = [
     "batch",
     "capture",
     "evaluate",
+    "extract",
     "inspect",
     "merge",
     "plan",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +16,14 @@ from streammerge.checkpoint import Storage
 from streammerge.errors import StreamMergeError, quoted
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import refuse_taken, refuse_unready
-from streammerge.plan import Plan, make_plan
+from streammerge.plan import Plan, check_disk, make_plan
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     from streammerge.batching import Group, Night, Outcome, Planner
     from streammerge.capturing import Captured
+    from streammerge.extraction import Extraction
     from streammerge.report import Report
     from streammerge.verification import Verification
 
@@ -80,6 +84,8 @@ def merge(
     max_shard_size: str | int | None = None,
     device: str = "cpu",
     device_memory: str | int | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
@@ -87,6 +93,8 @@ def merge(
     """Merge models into the new folder `out`, inside a memory budget, and say what happened.
 
     recipe, memory, max_shard_size, device, device_memory  as for `plan`
+    as_adapter  write an adapter of the recipe's base, where all experts are such adapters
+    rank      the most that each of its modules has; by default what all experts have together
     resume    continue an interrupted merge of the same recipe and inputs; the bytes are the same
     progress  told the bytes read so far and in all, after each block
 
@@ -102,6 +110,10 @@ def merge(
         device_memory=device_memory,
         storage=storage,
     )
+    if as_adapter:
+        return run_as_adapter(planned, os.fspath(out), storage, rank=rank, resume=resume, progress=progress)
+    if rank is not None:
+        raise StreamMergeError("`rank` is an adapter's", hint="Set `as_adapter`, or leave it out.")
     return run(planned, os.fspath(out), storage, resume=resume, progress=progress)
 
 
@@ -116,6 +128,45 @@ def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, prog
         for _ in merging.steps():
             pass
         return merging.publish()
+
+
+def run_as_adapter(
+    planned: Plan,
+    out: str,
+    storage: Storage,
+    *,
+    rank: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a plan on the factors of its experts. See `merge`."""
+    started = time.perf_counter()
+    if rank is not None and rank < 1:
+        raise StreamMergeError(f"the rank is {rank}, expected 1 or more")
+    refuse_taken(out, resume=resume)
+    devices.prepare_torch()
+    # torch takes seconds to load
+    from streammerge import adapter_merge
+    from streammerge.adapters import CONFIG_NAME
+    from streammerge.folder import CARD_NAME, REPORT_NAME, model_card
+    from streammerge.merging import refuse_changed, report_of
+    from streammerge.write import Writer
+
+    adapter = adapter_merge.plan_adapter(planned, rank)
+    written = replace(planned, layout=adapter.layout)
+    check_disk(written, out)
+    with Writer(out, adapter.layout, adapter_merge.identity(adapter), resume=resume) as writer:
+        done = len(writer.checksums)
+        steps = [step for step, _ in adapter_merge.left_to_do(adapter, writer)]
+        with closing(adapter_merge.reading(adapter, storage, steps)) as ahead:
+            adapter_merge.merge_adapter(adapter, ahead, writer, progress)
+            writer.flush()
+        refuse_changed(planned, storage, writer)
+        memory, wall = {"planned": adapter.needed_bytes}, time.perf_counter() - started
+        report = report_of(written, written.layout.placements, out, ahead, writer, done, wall, memory)
+        beside = {CONFIG_NAME: adapter.config, CARD_NAME: model_card(planned, "peft").encode()}
+        writer.publish({**beside, REPORT_NAME: report.to_json().encode()})
+    return report
 
 
 def inspect(*locations: str | os.PathLike[str], storage: Storage | None = None) -> Inspection:
@@ -276,6 +327,44 @@ def capture(
         samples=samples,
         batch_size=batch_size,
         fisher=fisher,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def extract(
+    expert: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int,
+    memory: str | int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Extraction:
+    """Write what an expert changed of its base as a LoRA adapter in PEFT's format, in the new folder `out`.
+
+    rank      of each linear layer's change: the nearest of that rank, and how far that is, is told for each
+    resume    continue an interrupted extraction of the same inputs
+
+    What changed beside the linear layers (embeddings, norms, biases) is kept whole. Raises StreamMergeError for models
+    that do not fit together, and where something changed that an adapter cannot hold.
+    """
+    if rank < 1:
+        raise StreamMergeError(f"the rank is {rank}, expected 1 or more")
+    # torch takes seconds to load, and this refuses without it
+    refuse_taken(os.fspath(out), resume=resume)
+    devices.prepare_torch()
+    from streammerge.extraction import extract as run_extract
+
+    return run_extract(
+        os.fspath(expert),
+        os.fspath(base),
+        os.fspath(out),
+        storage or LocalStorage(),
+        rank=rank,
+        memory_bytes=None if memory is None else parse_bytes(memory),
         resume=resume,
         progress=progress,
     )

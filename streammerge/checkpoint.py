@@ -164,6 +164,25 @@ def load_checkpoint(storage: Storage, location: str) -> Checkpoint:
     )
 
 
+def load_single(storage: Storage, location: str, name: str, config_name: str) -> Checkpoint:
+    """A folder's one file of tensors and its config, a JSON object, that have names of their own.
+
+    Changes of the config count as changes of the tensors: it is among `header_sha256`, whole.
+    """
+    files = storage.files(location)
+    tensors, digest = _read_header(storage, location, name, files[name].size)
+    config = _read_json_file(storage, location, config_name, files)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{_label(location, config_name)} is not a JSON object", hint=_UNREADABLE)
+    return Checkpoint(
+        location=location,
+        tensors=tensors,
+        config=config,
+        files=files,
+        header_sha256={name: digest, config_name: _json_digest(storage, location, config_name)},
+    )
+
+
 def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[str, TensorEntry]:
     """Parse and check a safetensors header.
 
@@ -219,14 +238,21 @@ def changed_files(storage: Storage, model: Checkpoint) -> list[str]:
 
 
 def _header_digest(storage: Storage, location: str, name: str, file_bytes: int) -> str | None:
+    """SHA-256 of what says where a file's tensors lie, or of all of a JSON file."""
     if name.endswith(PICKLED_ENDINGS):
         try:
             return pickled_digest(partial(storage.read, location, name), file_bytes, _label(location, name))
         except CheckpointError:
             return None
+    if name.endswith(".json"):
+        return _json_digest(storage, location, name)
     length = int.from_bytes(storage.read(location, name, 0, 8), "little")
     header = storage.read(location, name, 8, min(length, HEADER_LIMIT_BYTES))
     return hashlib.sha256(header).hexdigest()
+
+
+def _json_digest(storage: Storage, location: str, name: str) -> str:
+    return hashlib.sha256(storage.read(location, name, 0, JSON_LIMIT_BYTES)).hexdigest()
 
 
 _DAMAGED = "The file is damaged or was not written by safetensors. Fetch it again."
@@ -374,7 +400,7 @@ def _no_weights(location: str, files: Mapping[str, FileFacts]) -> CheckpointErro
     if "adapter_model.safetensors" in files:
         return CheckpointError(
             f"{quoted(location)} has {found}: it holds an adapter",
-            hint="Merge the adapter into its base model first, for example with PEFT's `merge_and_unload`.",
+            hint="Name it beside its base, as BASE+ADAPTER, with its `adapter_config.json`.",
         )
     pickled = [name for name in files if name.endswith(PICKLED_ENDINGS)]
     if pickled:

@@ -66,6 +66,7 @@ Examples:
   streammerge merge recipe.yaml out
   streammerge merge recipe.yaml out --memory 4GiB --resume
   streammerge merge out/streammerge.json again
+  streammerge merge adapters.yaml out --as-adapter --rank 16
   streammerge merge --base base --expert math --expert code --method actmat out"""
 )
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] OUT")
@@ -76,6 +77,10 @@ Examples:
 @shard_option
 @device_option
 @device_memory_option
+@click.option("--as-adapter", is_flag=True, help="Write a LoRA adapter; all experts must be adapters of the base.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), metavar="N", help="Cut that adapter's modules to N. Default: all of it."
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same inputs.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -88,11 +93,15 @@ def merge(
     max_shard_size: str | None,
     device: str,
     device_memory: str | None,
+    as_adapter: bool,
+    rank: int | None,
     resume: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Merge models into the new folder OUT."""
+    if rank is not None and not as_adapter:
+        raise click.UsageError("--rank is an adapter's: pass --as-adapter too")
     recipe, out = _recipe_and_out(arguments, base, experts, method)
     storage = LocalStorage()
     planned = api.plan(
@@ -106,7 +115,10 @@ def merge(
     _warn(planned)
     try:
         with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
-            report = api.run(planned, out, storage, resume=resume, progress=progress.show)
+            if as_adapter:
+                report = api.run_as_adapter(planned, out, storage, rank=rank, resume=resume, progress=progress.show)
+            else:
+                report = api.run(planned, out, storage, resume=resume, progress=progress.show)
     except KeyboardInterrupt as interrupt:
         partial = f"{os.path.abspath(out)}.partial"
         hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
@@ -417,6 +429,34 @@ def batch(
         sys.exit(1)
 
 
+@cli.command(
+    epilog="""\b
+Examples:
+  streammerge extract math --base base --rank 32 -o math-adapter
+
+Embeddings, norms and biases that changed are kept whole. The error of each matrix is printed with
+--json and kept in extraction.json."""
+)
+@click.argument("expert")
+@click.option("--base", metavar="DIR", required=True, help="The model that EXPERT was trained from.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", required=True, help="Rank of each change.")
+@click.option("-o", "--out", metavar="DIR", required=True, help="The new folder.")
+@memory_option
+@click.option("--resume", is_flag=True, help="Continue an interrupted extraction of the same inputs.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def extract(
+    expert: str, base: str, rank: int, out: str, memory: str | None, resume: bool, quiet: bool, as_json: bool
+) -> None:
+    """Make a LoRA adapter of a full model."""
+    with ProgressLine("extracting", silent=quiet) as progress:
+        found = api.extract(expert, base, out, rank=rank, memory=memory, resume=resume, progress=progress.show)
+    if as_json:
+        click.echo(json.dumps(found.totals()))
+    else:
+        click.echo(found.summary(), err=True)
+
+
 @cli.command("methods")
 @click.argument("name", required=False)
 @json_option
@@ -556,7 +596,7 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
     recipe, memory = planned.recipe, planned.memory
     onto = f" onto {escaped(planned.names[0])}" if recipe.base else ""
     dtypes = Counter(step.outputs[0][1] for step in planned.steps)
-    by_method = Counter((step.method, step.role.kind.value) for step in planned.steps)
+    by_method = Counter((step.method + " of factors" * step.thin, step.role.kind.value) for step in planned.steps)
     files = sum(len(model.header_sha256) for model in planned.models)
     seconds = planned.predicted_seconds
     lines = [
@@ -614,6 +654,7 @@ def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
                 "write_bytes": step.write_bytes,
                 "flops": step.flops,
                 "workspace_bytes": planned.workspace_bytes(step),
+                "thin": step.thin,
             }
             for step in planned.steps
         ],

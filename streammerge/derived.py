@@ -46,10 +46,17 @@ class DerivedEntry(TensorEntry):
     name, dtype, shape, nbytes  of the tensor that results
     file, offset                of the part that decides when its turn is: models are read in the order of their bytes
     parts                       what it is computed from, stored or derived in turn
+    written_dtype               what a merge writes it in by default; None for its own dtype
     """
 
     parts: tuple[TensorEntry, ...]
     derivation: Derivation
+    written_dtype: str | None = None
+
+    @property
+    def output_dtype(self) -> str:
+        """The dtype that a merge writes it in by default."""
+        return self.written_dtype or self.dtype
 
     @property
     def stored_bytes(self) -> int:
@@ -82,3 +89,8 @@ def run_of(entry: TensorEntry, shape: tuple[int, ...], first_element: int) -> Te
     if isinstance(entry, DerivedEntry):
         return replace(entry, shape=shape, nbytes=nbytes, parts=(entry,), derivation=_Run(first_element))
     return replace(entry, shape=shape, nbytes=nbytes, offset=entry.offset + first_element * DTYPE_BYTES[entry.dtype])
+
+
+def scratch_bytes(entry: TensorEntry, elements: int) -> int:
+    """What computing a run of an entry takes beside the run: nothing, where a file holds it."""
+    return entry.scratch_bytes(elements) if isinstance(entry, DerivedEntry) else 0

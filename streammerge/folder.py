@@ -62,7 +62,7 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
         files |= tokenizer_files_with(plan.vocabulary, files)
         files |= _renumbered(plan.vocabulary, files, tokenizer.config)
     _set_template(plan, storage, files)
-    files[CARD_NAME] = _card(plan).encode()
+    files[CARD_NAME] = model_card(plan).encode()
     return files
 
 
@@ -74,7 +74,10 @@ def fingerprint_of(files: Mapping[str, bytes]) -> dict[str, str]:
 def _model(plan: Plan, source: str | None) -> Checkpoint:
     if source in (None, "base", UNION):
         return plan.models[0]
-    return next(model for model in plan.models if model.location == source)
+    model = plan.models[plan.recipe.locations.index(str(source))]
+    # an adapter's folder may have a tokenizer of its own
+    folders = (*reversed(model.besides), model)
+    return next((each for each in folders if any(map(_is_tokenizer_file, each.files))), model)
 
 
 def _is_tokenizer_file(name: str) -> bool:
@@ -168,17 +171,19 @@ def template_of(storage: Storage, model: Checkpoint) -> str | None:
     return None
 
 
-def _card(plan: Plan) -> str:
+def model_card(plan: Plan, library: str = "transformers") -> str:
+    """README.md: what was merged, and by what recipe."""
     # one line, and text that UTF-8 holds, whatever a folder is called
     title = escaped(plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names))
-    models = "\n".join(f"- {json.dumps(model.location)}" for model in plan.models)
+    folders = dict.fromkeys(each.location for model in plan.models for each in (model, *model.besides))
+    models = "\n".join(f"- {json.dumps(folder)}" for folder in folders)
     text = plan.recipe.text.strip()
     # longer than any run of backticks inside, such as those of a chat template
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"""---
 base_model:
 {models}
-library_name: transformers
+library_name: {library}
 tags:
 - merge
 - streammerge

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.budget import format_bytes
-from streammerge.derived import DerivedEntry
+from streammerge.derived import scratch_bytes
 from streammerge.errors import PlanError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 from streammerge.step import Step, matrices_of
@@ -62,6 +62,8 @@ def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     block = min(block_elements(step, slot_bytes), step.elements // step.matrices) * step.compute_bytes
     if not step.by_matrix:
         return block * step.block_buffers
+    if step.thin:
+        return block * OUTPUT_BUFFERS
     kept_base = step.base.nbytes // step.matrices if step.base else 0
     return step.workspace_bytes + kept_base + block * OUTPUT_BUFFERS
 
@@ -119,15 +121,18 @@ def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
     # the thread that reads ahead computes one run, and another that is read out of turn may be computed meanwhile
     deriving = 2 * max((_scratch_bytes(step, slot_bytes) for step in steps), default=0)
     quantising = max((step.scheme.quantising_bytes for step in steps if step.scheme), default=0)
-    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving + quantising
+    # taken from the allocator, which gives it back, and not at the same time as what other steps take there
+    thin = max((step.workspace_bytes for step in steps if step.thin), default=0)
+    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving + quantising + thin
 
 
 def _scratch_bytes(step: Step, slot_bytes: int) -> int:
     """What computing a run of the step's derived inputs takes."""
+    block = block_elements(step, slot_bytes)
+    if step.thin:
+        return scratch_bytes(step.base, block) if step.base else 0
     first = next(matrices_of(step))
-    entries = (*first.experts, first.base)
-    derived = [entry for entry in entries if isinstance(entry, DerivedEntry)]
-    return max((entry.scratch_bytes(block_elements(step, slot_bytes)) for entry in derived), default=0)
+    return max((scratch_bytes(entry, block) for entry in (*first.experts, first.base) if entry), default=0)
 
 
 def _output_slots(slot_bytes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
@@ -16,6 +16,7 @@ from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
 from streammerge.plan import Plan, weight_files
 from streammerge.quantised import quantised
 from streammerge.rates import Rates, save_rates
+from streammerge.readahead import ReadAhead
 from streammerge.report import Report, Seconds
 from streammerge.stream import Stream
 from streammerge.workspace import Workspace
@@ -96,40 +97,62 @@ class Merging:
         """
         self.flush()
         self._reading.close()
-        _refuse_changed(self._planned, self._storage, self._writer)
-        report = self._report(time.perf_counter() - self._started)
+        refuse_changed(self._planned, self._storage, self._writer)
+        names = [name for step in self._planned.steps for name, _, _ in step.outputs]
+        memory = {"planned": self._planned.memory.peak_bytes, **self._stream.memory_facts()}
+        report = report_of(
+            self._planned,
+            names,
+            self._out,
+            self._stream.ahead,
+            self._writer,
+            len(self._resumed),
+            time.perf_counter() - self._started,
+            memory,
+            self._stream.output_waited_seconds,
+        )
         self._writer.publish({**self._beside, REPORT_NAME: report.to_json().encode()})
         _remember_rates(self._planned, report)
         return report
 
-    def _report(self, wall_seconds: float) -> Report:
-        planned, stream, writer = self._planned, self._stream, self._writer
-        return Report(
-            out=self._out,
-            recipe=planned.recipe.to_dict(),
-            tensors=tuple(writer.outcomes[name] for step in planned.steps for name, _, _ in step.outputs),
-            checksums=writer.checksums,
-            read_bytes=stream.ahead.read_bytes,
-            written_bytes=planned.layout.total_bytes,
-            resumed_tensors=len(self._resumed),
-            memory={
-                "budget": planned.memory.budget_bytes,
-                "planned": planned.memory.peak_bytes,
-                **stream.memory_facts(),
-            },
-            seconds=Seconds(
-                wall=wall_seconds,
-                waiting_for_input=stream.ahead.waited_seconds,
-                waiting_for_output=stream.output_waited_seconds,
-                reading=stream.ahead.busy_seconds,
-                writing=writer.busy_seconds,
-            ),
-            versions=_versions(),
-            experts=len(planned.recipe.experts),
-            inputs=tuple({"location": model.location, "files": weight_files(model)} for model in planned.models),
-            max_shard_bytes=planned.max_shard_bytes,
-            device=planned.device,
-        )
+
+def report_of(
+    planned: Plan,
+    names: Iterable[str],
+    out: str,
+    ahead: ReadAhead,
+    writer: Writer,
+    resumed: int,
+    wall_seconds: float,
+    memory: Mapping[str, int],
+    waited_for_output: float = 0.0,
+) -> Report:
+    """What a merge reports of the tensors `names`, once all of them are written."""
+    return Report(
+        out=out,
+        recipe=planned.recipe.to_dict(),
+        tensors=tuple(writer.outcomes[name] for name in names),
+        checksums=writer.checksums,
+        read_bytes=ahead.read_bytes,
+        written_bytes=planned.layout.total_bytes,
+        resumed_tensors=resumed,
+        memory={"budget": planned.memory.budget_bytes, **memory},
+        seconds=Seconds(
+            wall=wall_seconds,
+            waiting_for_input=ahead.waited_seconds,
+            waiting_for_output=waited_for_output,
+            reading=ahead.busy_seconds,
+            writing=writer.busy_seconds,
+        ),
+        versions=_versions(),
+        experts=len(planned.recipe.experts),
+        inputs=tuple(
+            {"location": location, "files": weight_files(model)}
+            for location, model in zip(planned.recipe.locations, planned.models, strict=True)
+        ),
+        max_shard_bytes=planned.max_shard_bytes,
+        device=planned.device,
+    )
 
 
 def _last_of_steps(planned: Plan, done: Container[str]) -> set[str]:
@@ -138,7 +161,7 @@ def _last_of_steps(planned: Plan, done: Container[str]) -> set[str]:
     return set(last.values())
 
 
-def _refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
+def refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
     """Publish nothing of files that were written to while they were read: some bytes may be old, some new."""
     changes = [line for model in planned.models for line in changed_files(storage, model)]
     if not changes:

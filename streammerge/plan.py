@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge import methods
+from streammerge.adapters import expert_factors, same_folder
 from streammerge.alike import made_alike
 from streammerge.budget import available_memory_bytes, format_bytes
 from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry
@@ -145,7 +146,7 @@ def make_plan(
     too small for the largest step. Nothing is written.
     """
     names = recipe.names
-    first, *others = (open_model(storage, location) for location in recipe.locations[: len(names)])
+    first, *others = (open_model(storage, location, recipe.base) for location in recipe.locations[: len(names)])
     models = (first, *(in_layout_of(first, other) for other in others))
     _refuse_quantised(models, names)
     _refuse_to_quantise(recipe, models[0], names[0])
@@ -157,7 +158,7 @@ def make_plan(
     besides = recipe.locations[len(names) :]
     models += tuple(open_model(storage, location) for location in besides)
     names += besides
-    steps = _steps(recipe, models, experts)
+    steps = _steps(recipe, models, experts, thin=device_memory_bytes is None)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
     past = recipe.past or Past()
@@ -251,7 +252,8 @@ def _refuse_part_of_the_layers(recipe: Recipe, model: Checkpoint, name: str) -> 
         )
 
 
-def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tuple[Step, ...]:
+def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range, *, thin: bool) -> tuple[Step, ...]:
+    """`thin`: matrices are merged by their experts' factors where there are such, and their method can."""
     reference = models[0]
     used = [methods.describe(name) for name in (recipe.method, *(r.method for r in recipe.rules)) if name]
     needs_base = any(method.needs_base for method in used)
@@ -265,14 +267,30 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range) -> tupl
     layers = layer_count(reference.tensors)
     # in the order of the reference's bytes, so that input and output files are passed through once
     ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))
+    of_base = thin and reads_base and all(same_folder(models[number], reference) for number in experts)
     steps = [
         _step(recipe, models, experts, entry.name, kinds[entry.name],
               layer_position(entry.name, layers), reads_base)
         for entry in ordered
     ]  # fmt: skip
+    if of_base:
+        steps = [_thinned(step) for step in steps]
     if recipe.quantize:
         steps = [each for step in steps for each in as_stored(step, reference.tensors[step.name])]
     return _pooled(steps)
+
+
+def _thinned(step: Step) -> Step:
+    """The step by its experts' factors, where all of them are low-rank changes of the base and the method can."""
+    experts = expert_factors(step.experts, step.base) if step.base and step.by_matrix else None
+    if experts is None:
+        return step
+    ranks = [0 if entry is None else entry.parts[1].shape[0] for entry in experts]
+    shape = _matrix_shape(step.experts[0], step.role)
+    cost = methods.describe(step.method).thin_cost(shape, ranks, step.arguments, step.compute_bytes)
+    if cost is None:
+        return step
+    return replace(step, thin=True, passes=1, flops=cost.flops, workspace_bytes=cost.workspace_bytes)
 
 
 def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:

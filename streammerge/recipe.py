@@ -342,12 +342,9 @@ _KEYS = (
     "name",
 )
 _DAMAGED_REPORT = "The report is damaged, or was written by hand. Write the recipe as YAML instead."
-_ADAPTER = "{} adds a LoRA adapter in mergekit; streammerge takes models as they are"
-_ADAPTER_HINT = "Merge the adapter into its model first and name the result."
 _MERGEKIT_KEYS = {"modules": (NOT_WHOLE.format("`modules`"), WHOLE_HINT)}
 _MERGEKIT_MODEL_KEYS = {
     "layer_range": (NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
-    "lora": (_ADAPTER.format("`lora`"), _ADAPTER_HINT),
 }
 _MERGEKIT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 # parameters that mergekit takes and that change no result: of every method, and of some
@@ -409,8 +406,8 @@ class _Reader:
         experts = []
         for item in node.items("a list of models"):
             beside = self.method.beside
-            fields = item.fields(("model", "parameters", *([beside] if beside else [])), _MERGEKIT_MODEL_KEYS)
-            location = self.location(required(fields, "model", item))
+            fields = item.fields(("model", "lora", "parameters", *([beside] if beside else [])), _MERGEKIT_MODEL_KEYS)
+            location = self.adapted(self.location(required(fields, "model", item)), fields)
             # configs often list the base too; to a method of changes it has nothing to add
             if (self.method.needs_base or self.method.takes_base) and _same(location, self.base):
                 continue
@@ -423,23 +420,38 @@ class _Reader:
         return tuple(experts)
 
     def location(self, node: Located) -> str:
-        """A model as text, or in mergekit's long form {model: {path: PATH, revision: REVISION}}."""
+        """A model as text, or in mergekit's long form {model: {path: PATH, revision: REVISION}, lora: …}."""
+        fields: Mapping[str, Located] = {}
         if isinstance(node.value, dict):
-            fields = node.fields(("model", "override_architecture"), _MERGEKIT_MODEL_KEYS)
+            fields = node.fields(("model", "lora", "override_architecture"), _MERGEKIT_MODEL_KEYS)
             if "override_architecture" in fields:
                 self.warn(fields["override_architecture"], "tensors are matched by name, whatever the architecture")
             node = required(fields, "model", node)
+        return self.adapted(self.place(node, "the folder, file or hub name of a model"), fields)
+
+    def place(self, node: Located, expected: str) -> str:
         revision = ""
         if isinstance(node.value, dict):
             fields = node.fields(("path", "revision"))
             node = required(fields, "path", node)
             revision = "@" + fields["revision"].text() if "revision" in fields else ""
-        found = self.found(node.text("the folder, file or hub name of a model"))
+        found = self.both_found(node.text(expected))
         if not found:
-            raise node.wrong("the folder, file or hub name of a model")
-        if "+" in found and not os.path.exists(found):
-            raise node.error(_ADAPTER.format(quoted(found)), _ADAPTER_HINT)
+            raise node.wrong(expected)
         return found + revision
+
+    def adapted(self, model: str, fields: Mapping[str, Located]) -> str:
+        """The model with the adapter that `lora` names, as BASE+ADAPTER."""
+        lora = fields.get("lora")
+        return (
+            model if lora is None or lora.value is None else f"{model}+{self.place(lora, 'the folder of an adapter')}"
+        )
+
+    def both_found(self, path: str) -> str:
+        """`found`, also of both sides of BASE+ADAPTER."""
+        base, plus, adapter = path.rpartition("+")
+        whole = self.found(path)
+        return f"{self.both_found(base)}+{self.found(adapter)}" if plus and not os.path.exists(whole) else whole
 
     def found(self, path: str) -> str:
         beside = os.path.join(self.folder or "", path)

@@ -152,6 +152,11 @@ class Report:
         ]
         if self.resumed_tensors:
             lines.append(f"{self.resumed_tensors} of them were already there")
+        cut = [(float(o.facts["truncation_error"]), o.name) for o in self.tensors if "truncation_error" in o.facts]
+        if cut and max(cut)[0] > 0.0:
+            lines.append(
+                f"cut to its rank, {quoted(max(cut)[1])} lost most of its change: {max(cut)[0]:.1%} of its norm"
+            )
         worst = self.worst_certificate
         if worst:
             lines.append(f"least certain solve: {quoted(worst[0])}, estimated relative error {worst[1]:.1e}")

@@ -10,6 +10,7 @@ from streammerge.plan import Plan
 from streammerge.readahead import Request
 from streammerge.step import Step, stacked
 from streammerge.streamed_deltas import Sources
+from streammerge.thin_steps import ThinSources
 
 
 class Schedule:
@@ -40,6 +41,8 @@ class Schedule:
 
     def sources(self, step: Step) -> Sources:
         """What is read to merge a step."""
+        if step.thin:
+            return ThinSources(step)
         looks = 0 if step.looks_at_model or self.is_held(step) else step.looks
         return Sources(step, resident=self._resident, passes=looks + step.passes)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
-from streammerge.derived import run_of
+from streammerge.derived import DerivedEntry, run_of
 from streammerge.fp8 import DequantisedEntry, Scheme
 from streammerge.rules import Role
 from streammerge.solve.cost import BLOCK_BUFFERS
@@ -36,6 +36,8 @@ class Step:
     matrix     which one of a stack it is
     passes_non_finite  what is not a finite number ends no merge of it, see `Recipe.non_finite`
     scheme     the merged tensor is stored in 8 bits as this says, with its scales in a tensor of their own
+    thin       a matrix that every expert changed by a low-rank product of the base's, if at all: the factors are merged
+               and the base is read once
     workspace_bytes, device_bytes  what the method takes beside its inputs, on the CPU or on an accelerator
     """
 
@@ -62,6 +64,7 @@ class Step:
     matrix: int | None = None
     passes_non_finite: bool = False
     scheme: Scheme | None = None
+    thin: bool = False
 
     @property
     def outputs(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -109,12 +112,19 @@ class Step:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs, each counted once however many passes there are."""
+        if self.thin:
+            return sum(e.stored_bytes for e in (*([self.base] if self.base else []), *self.factors))
         return sum(e.stored_bytes for e in self.experts) + (self.base.stored_bytes if self.base else 0)
 
     @property
     def write_bytes(self) -> int:
         """Bytes of the merged tensor."""
         return sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in self.outputs)
+
+    @property
+    def factors(self) -> tuple[TensorEntry, ...]:
+        """Of a thin step, what is read of its experts: each one's A and B."""
+        return tuple(part for expert in self.experts if isinstance(expert, DerivedEntry) for part in expert.parts[1:])
 
     @property
     def element_bytes(self) -> int:

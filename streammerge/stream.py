@@ -19,12 +19,13 @@ from torch import Tensor
 from streammerge import methods
 from streammerge.checkpoint import Storage
 from streammerge.delta import Deltas
-from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_overflow
+from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step, matrices_of
-from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader
+from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader, compute_dtype
+from streammerge.thin_steps import ThinChange, merge_thin, read_factors
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 from streammerge_kernels.apply import apply_
@@ -107,7 +108,7 @@ class Stream:
     def _run(self, step: Step) -> Iterator[Block]:
         started = time.perf_counter()
         tallies = {part.name: Tally(part) for part in step.parts or (step,)}
-        torch.set_num_threads(_threads_for(step, self._threads))
+        torch.set_num_threads(threads_for(step, self._threads))
         waiting: Block | None = None
         for finished in self._merge(step, tallies):
             if waiting is not None:
@@ -121,7 +122,8 @@ class Stream:
         yield last
 
     def _merge(self, step: Step, tallies: Mapping[str, Tally]) -> Iterator[Block]:
-        merge = self._copy if step.method == COPY else self._by_matrix if step.by_matrix else self._by_element
+        by_matrix = self._thin if step.thin else self._by_matrix
+        merge = self._copy if step.method == COPY else by_matrix if step.by_matrix else self._by_element
         block = self._schedule.block_elements(step)
         for matrix in matrices_of(step):
             reader = StepReader(self.ahead, self._schedule.sources(matrix), block)
@@ -156,7 +158,7 @@ class Stream:
 
     def _look_at_model(self, number: int, step: Step) -> None:
         block = self._schedule.block_elements(step)
-        torch.set_num_threads(_threads_for(step, self._threads))
+        torch.set_num_threads(threads_for(step, self._threads))
         for matrix in matrices_of(step):
             reader = StepReader(self.ahead, self._schedule.look_sources(matrix), block)
             for deltas in self._model_blocks(matrix, reader, block):
@@ -209,6 +211,20 @@ class Stream:
             step, self._plan.names, reader, self._schedule.sources(step).blocks(block), self.workspace, norms,
             seed=self._plan.recipe.seed, beside=reader.beside(0),
         )  # fmt: skip
+
+    def _thin(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
+        tally, columns, dtype = tallies[step.name], step.shape[1], compute_dtype(step)
+        take, start = read_factors(step, reader, block)
+        merged = merge_thin(step, self._plan.names, take, tally)
+        change = ThinChange(merged, dtype, transposed=step.role.transposed)
+        for number, first in enumerate(range(0, step.elements, block)):
+            run, give_back = reader.take(start + number)
+            if not math.isfinite(torch.linalg.vector_norm(run, dtype=dtype).item()):
+                refuse_non_finite(run, step, self._plan.names[step.models[0]], first)
+            base = run.view(-1, columns)
+            row = first // columns
+            yield self._emit(step, first, base.to(dtype), change.rows(row, row + len(base)), tally)
+            give_back()
 
     def _emit(
         self,
@@ -289,10 +305,12 @@ class _Runs:
         return self._kept[position]
 
 
-def _threads_for(step: Step, most: int) -> int:
-    # matrix products hide reading and writing; blocks of elements compete with them for the cores, and
+def threads_for(step: Step, most: int | None = None) -> int:
+    """Threads for a step's arithmetic, beside those that read and write; of `most`, or of all there are."""
+    # matrix products hide reading and writing; blocks of elements, and factors, compete with them for the cores, and
     # a parallel loop whose threads must wait for a core is many times slower than a serial one
-    if step.by_matrix:
+    most = thread_limit() if most is None else most
+    if step.by_matrix and not step.thin:
         return most if step.elements // step.matrices > SMALL_MATRIX_ELEMENTS else 1
     return max(most - 2, 1)
 

@@ -200,7 +200,7 @@ def _check_inputs(recipe: Recipe, storage: Storage, found: Findings) -> bool:
     before = len(found.problems)
     for location, files in zip(recipe.locations, recipe.past.inputs, strict=True):
         try:
-            changed, touched = changed_files(files, open_model(storage, location))
+            changed, touched = changed_files(files, open_model(storage, location, recipe.base))
         except CheckpointError as error:
             changed, touched = (f"an input is no sound model any more: {error.message}",), ()
         # what is listed twice, such as one folder of data for all experts, is told once

@@ -511,7 +511,7 @@ NO_WEIGHTS = f"`m` has no `{SINGLE}` and no `{INDEX}`"
         (
             ("adapter_model.safetensors", "training_args.bin"),
             NO_WEIGHTS + ": it holds an adapter",
-            "Merge the adapter into its base model first, for example with PEFT's `merge_and_unload`.",
+            "Name it beside its base, as BASE+ADAPTER, with its `adapter_config.json`.",
         ),
     ],
 )

@@ -30,7 +30,7 @@ from tests.models import llama_tensors, recipe_of, save_model
 from tests.stored import digests, tensors_of
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("merge", "plan", "inspect", "verify", "evaluate", "batch", "capture", "methods")
+VERBS = ("merge", "plan", "inspect", "verify", "evaluate", "batch", "capture", "extract", "methods")
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,29 @@ models:
     )
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "org/b+org/adapter",
+        "{model: org/b, lora: org/adapter}",
+        "{model: {path: org/b}, lora: {path: org/adapter}}",
+        "org/b\n    lora: org/adapter",
+    ],
+)
+def test_an_adapter_is_named_beside_its_model(written: str) -> None:
+    recipe = Recipe.from_yaml(LINEAR.replace("org/b", written))
+    assert [expert.location for expert in recipe.experts] == ["org/a", "org/b+org/adapter"]
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_both_sides_of_a_plus_may_lie_beside_the_recipe(tmp_path: Path) -> None:
+    for name in ("base", "adapter", "c+d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "recipe.yaml").write_text("merge_method: linear\nmodels: [{model: base+adapter}, {model: c+d}]\n")
+    recipe = Recipe.from_file(tmp_path / "recipe.yaml")
+    assert [each.location for each in recipe.experts] == [f"{tmp_path}/base+{tmp_path}/adapter", f"{tmp_path}/c+d"]
+
+
 @pytest.mark.parametrize(("method", "settings"), [("linear", "parameters: {weight: 1}\n"), ("karcher", "")])
 def test_a_base_that_mergekit_would_average_in_is_mentioned(method: str, settings: str) -> None:
     recipe = Recipe.from_yaml(LINEAR.replace("linear", method) + "base_model: org/base\n" + settings)
@@ -554,7 +577,7 @@ LISTS_LINEAR = "`streammerge methods linear` lists its parameters."
         ("merge_method: linear\nmodels: a\n", "2: `models` is the text `a`, expected a list of models", None),
         (
             "merge_method: linear\nmodels: [a]\n",
-            "2: `models[0]` is the text `a`, expected a mapping with `model` and `parameters`",
+            "2: `models[0]` is the text `a`, expected a mapping with `model`, `lora` and `parameters`",
             None,
         ),
         (
@@ -643,16 +666,6 @@ def test_a_setting_of_the_wrong_type_says_what_was_found_and_expected(
             LINEAR.replace("org/b", "org/b\n    layer_range: [0, 8]"),
             "4: `layer_range` takes models apart in mergekit; streammerge merges whole models",
             "Remove it to merge all layers.",
-        ),
-        (
-            LINEAR.replace("org/b", "org/b+org/adapter"),
-            "3: `org/b+org/adapter` adds a LoRA adapter in mergekit; streammerge takes models as they are",
-            "Merge the adapter into its model first and name the result.",
-        ),
-        (
-            LINEAR.replace("org/b", "{model: org/b, lora: org/adapter}"),
-            "3: `lora` adds a LoRA adapter in mergekit; streammerge takes models as they are",
-            "Merge the adapter into its model first and name the result.",
         ),
         (
             LINEAR + "tokenizer_source: org/a\ntokenizer: {source: org/a}\n",

@@ -8,7 +8,7 @@ import importlib.util
 import keyword
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.delta import Deltas
+    from streammerge.solve.thin import Factors
 
 METHODS: dict[str, str] = {
     "linear": "streammerge.methods.linear",
@@ -75,6 +76,8 @@ def merge_method(
     takes_base: bool = False,
     look: str | None = None,
     beside: Beside | None = None,
+    thin: str | None = None,
+    thin_cost: str | None = None,
 ) -> Callable[[Function], Function]:
     """Declare facts the planner needs about a method. Every argument must be a literal.
 
@@ -88,11 +91,14 @@ def merge_method(
     cost         "module:function" that prices one tensor without torch (see `solve/cost.py`)
     look         "module:Class" of what a method must know of the whole tensor or model first (see `Look`)
     beside       what each expert must bring beside its weights: a folder that the recipe names
+    thin         "module:function" that merges low-rank changes as factors (see `solve/thin.py`), with the same settings
+    thin_cost    "module:function" that prices it, or says for which settings only the function itself will do; of a
+                 method by matrix, which then merges adapters so
 
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost, takes_base, look, beside
+    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost
 
     def declared(function: Function) -> Function:
         return function
@@ -148,6 +154,8 @@ class Method:
     takes_base: bool
     look_path: str | None
     beside: Beside | None
+    thin_path: str | None
+    thin_cost_path: str | None
 
     @property
     def notes(self) -> str:
@@ -159,9 +167,23 @@ class Method:
 
     def cost(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
         """Price one [out, in] matrix: workspace in bytes, FLOPs, passes over the experts and looks before."""
-        module, _, function = self.cost_path.partition(":")
-        priced: Cost = getattr(importlib.import_module(module), function)(shape, experts, parameters, itemsize)
+        priced: Cost = _found(self.cost_path)(shape, experts, parameters, itemsize)
         return priced
+
+    def thin_cost(
+        self, shape: tuple[int, int], ranks: Sequence[int], parameters: Mapping[str, Any], itemsize: int
+    ) -> Cost | None:
+        """Price one [out, in] matrix whose experts changed it by so many ranks; None where it is merged in full."""
+        if self.thin_cost_path is None:
+            return None
+        priced: Cost | None = _found(self.thin_cost_path)(shape, ranks, parameters, itemsize)
+        return priced
+
+    def load_thin(self) -> Callable[..., Factors]:
+        """Import the function for factors, torch with it."""
+        assert self.thin_path is not None, f"{self.name} has no thin form"
+        function: Callable[..., Factors] = _found(self.thin_path)
+        return function
 
     def load(self) -> Callable[..., Tensor]:
         """Import the function itself; this is where torch comes in."""
@@ -171,8 +193,7 @@ class Method:
     def look(self, deltas: Deltas, arguments: Mapping[str, Any]) -> Look:
         """A new look, of the first block's deltas."""
         assert self.look_path is not None, f"{self.name} takes no look"
-        module, _, name = self.look_path.partition(":")
-        look: Look = getattr(importlib.import_module(module), name)(deltas, **arguments)
+        look: Look = _found(self.look_path)(deltas, **arguments)
         return look
 
     def merge(self, deltas: Deltas, **arguments: Any) -> Tensor:
@@ -186,6 +207,12 @@ class Method:
             deltas.seen.look(number, deltas)
             deltas.seen.finish(number)
         return self.load()(deltas, **arguments)
+
+
+def _found(path: str) -> Any:
+    """What a "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @cache
@@ -220,6 +247,8 @@ def _describe(name: str, module: str) -> Method:
         takes_base=facts.get("takes_base", False),
         look_path=facts.get("look"),
         beside=facts.get("beside"),
+        thin_path=facts.get("thin"),
+        thin_cost_path=facts.get("thin_cost"),
     )
 
 

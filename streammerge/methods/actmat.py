@@ -16,6 +16,8 @@ from streammerge.solve.normal_equations import solve_normal_equations
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost:normal_equations",
+    thin="streammerge.solve.thin:normal_equations",
+    thin_cost="streammerge.solve.cost_thin:thin_cost",
 )
 def actmat(
     deltas: Deltas,

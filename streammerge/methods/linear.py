@@ -11,7 +11,7 @@ from streammerge.methods import merge_method
 from streammerge.solve.shares import normalized
 
 
-@merge_method(paper="arXiv:2203.05482", needs_base=False, streams_by="element")
+@merge_method(paper="arXiv:2203.05482", needs_base=False, streams_by="element", thin="streammerge.solve.thin:linear")
 def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -> Tensor:
     """Average the experts, weighted.
 

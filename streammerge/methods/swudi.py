@@ -16,6 +16,8 @@ from streammerge.solve.normal_equations import solve_normal_equations
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_covariance:swudi",
+    thin="streammerge.solve.thin:swudi",
+    thin_cost="streammerge.solve.cost_thin:thin_cost",
 )
 def swudi(
     deltas: Deltas,

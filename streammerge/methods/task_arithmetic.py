@@ -9,7 +9,9 @@ from streammerge.methods import merge_method
 from streammerge.solve.shares import normalized
 
 
-@merge_method(paper="arXiv:2212.04089", needs_base=True, streams_by="element")
+@merge_method(
+    paper="arXiv:2212.04089", needs_base=True, streams_by="element", thin="streammerge.solve.thin:task_arithmetic"
+)
 def task_arithmetic(
     deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = False, lambda_: float = 1.0
 ) -> Tensor:

@@ -18,6 +18,8 @@ from streammerge.solve.normal_equations import solve_normal_equations
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_covariance:wudi",
+    thin="streammerge.solve.thin:wudi",
+    thin_cost="streammerge.solve.cost_thin:thin_cost",
 )
 def wudi(
     deltas: Deltas,

@@ -25,6 +25,7 @@ from streammerge.plan import Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
 from streammerge.solve.cost import Cost
+from streammerge.stacking import described
 from streammerge.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -174,10 +175,10 @@ def inspect(models: tuple[str, ...], as_json: bool) -> None:
             for name, entry in model.tensors.items():
                 kind = roles[name].kind.value
                 click.echo(f"  {shown[name]:{width}}  {entry.dtype:4}  {kind:11}  {list(entry.shape)}")
-    for line in found.differences:
+    for line in (*found.notes, *found.differences):
         click.echo(line)
     if len(found.models) > 1 and not found.differences:
-        click.echo("same names and shapes in all")
+        click.echo("same names and shapes in all" if not found.notes else "so the same names and shapes in all")
 
 
 @cli.command(
@@ -602,6 +603,7 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
     lines = [
         f"{recipe.method} of {len(recipe.experts)} models{onto}, {', '.join(d for d, _ in dtypes.most_common())}",
         "",
+        *(f"  layers    {escaped(line)}" for line in described(recipe, planned.names)),
         f"  tensors   {len(planned.steps)}",
         *(f"            {count} {kind} by {method}" for (method, kind), count in by_method.most_common()),
         *_vocabulary_lines(planned),
@@ -632,6 +634,7 @@ def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
     return {
         "method": planned.recipe.method,
         "models": list(planned.names),
+        "layers": described(planned.recipe, planned.names),
         "read_bytes": planned.read_bytes,
         "disk_needed_bytes": needed,
         "disk_free_bytes": free,

@@ -12,6 +12,7 @@ from typing import Any
 from streammerge.checkpoint import Checkpoint, Storage, parse_json
 from streammerge.errors import PlanError, escaped, quoted
 from streammerge.plan import Plan
+from streammerge.stacked_config import stacked_config
 from streammerge.token_rules import UNION
 from streammerge.tokenizer_files import config_with, tokenizer_files_with
 from streammerge.vocabulary import Vocabulary
@@ -57,7 +58,8 @@ def side_files(plan: Plan, storage: Storage) -> dict[str, bytes]:
         if wanted(name)
     }
     if "config.json" in files:
-        files["config.json"] = _config(plan, reference.config)
+        slices, config = plan.recipe.slices, reference.config
+        files["config.json"] = _config(plan, stacked_config(plan.recipe, plan.models, plan.names) if slices else config)
     if plan.vocabulary:
         files |= tokenizer_files_with(plan.vocabulary, files)
         files |= _renumbered(plan.vocabulary, files, tokenizer.config)

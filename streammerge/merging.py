@@ -145,7 +145,7 @@ def report_of(
             writing=writer.busy_seconds,
         ),
         versions=_versions(),
-        experts=len(planned.recipe.experts),
+        experts=max((len(step.experts) for step in planned.steps), default=1),
         inputs=tuple(
             {"location": location, "files": weight_files(model)}
             for location, model in zip(planned.recipe.locations, planned.models, strict=True)

@@ -67,6 +67,19 @@ class Pattern:
         except _TooManySteps:
             raise self._too_slow(name) from None
 
+    def replaced(self, name: str, replacement: str) -> str:
+        """`name` with each match replaced as `re.sub` does. Raises PatternError when that takes too long.
+
+        `re` alone says what a group matched, so patterns whose steps cannot be counted beforehand are refused.
+        """
+        ways = self._ways(self._tree, len(name))
+        if ways is None or (len(name) + 1) * ways * (self._size + len(name)) > MOST_RE_STEPS:
+            raise self._too_slow(name)
+        try:
+            return self._compiled.sub(replacement, name)
+        except (re.error, IndexError) as error:
+            raise PatternError(f"{quoted(replacement)} is no replacement for {quoted(self.text)}: {error}") from error
+
     def _too_slow(self, name: str) -> PatternError:
         return PatternError(f"{quoted(self.text)} takes too long to look for in {quoted(name)}")
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Stor
 from streammerge.compare import differences
 from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_device_bytes
 from streammerge.errors import PlanError, escaped, listed, quoted
+from streammerge.key_maps import map_names, without_dispensable
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.mixtures import in_layout_of
@@ -27,13 +29,17 @@ from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.pools import input_of
 from streammerge.rates import load_rates
-from streammerge.recipe import Past, Recipe, Rule
-from streammerge.rules import Role, TensorClass, layer_count, layer_position, roles
+from streammerge.recipe import Recipe, Rule
+from streammerge.recipe_files import Past
+from streammerge.rules import Role, TensorClass, roles
+from streammerge.stacked_config import config_warnings
+from streammerge.stacking import Inputs, stacked_layers, stacking_warnings, whole_models
 from streammerge.step import COPY, Step, as_stored, stacked
 from streammerge.vocabulary import VOCABULARIES_HINT, Vocabulary, differ_by_vocabulary, united
 
 FALLBACK = "linear"
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,15 +156,21 @@ def make_plan(
     models = (first, *(in_layout_of(first, other) for other in others))
     _refuse_quantised(models, names)
     _refuse_to_quantise(recipe, models[0], names[0])
-    models, notes = made_alike(models, names)
+    offset = 1 if recipe.base else 0
+    mapped = map_names(models, names, {offset + n: each.key_map for n, each in enumerate(recipe.experts)})
+    first, *others = mapped.models
+    models = (first, *(in_layout_of(first, other) for other in others))
+    # of models of several depths, one has no buffers for another's layers
+    models, notes = without_dispensable(models, names) if recipe.slices else made_alike(models, names)
     models, vocabulary, remarks = united(recipe, models, names, storage)
-    _refuse_differences(models, names)
-    _refuse_part_of_the_layers(recipe, models[0], names[0])
-    experts = range(1 if recipe.base else 0, len(models))
+    if not recipe.slices:
+        _refuse_differences(models, names)
     besides = recipe.locations[len(names) :]
-    models += tuple(open_model(storage, location) for location in besides)
+    # what was captured of a model has that model's names
+    maps = [mapped.maps[offset + n] for n, each in enumerate(recipe.experts) if each.beside]
+    models += tuple(keys.applied(open_model(storage, each)) for keys, each in zip(maps, besides, strict=True))
     names += besides
-    steps = _steps(recipe, models, experts, thin=device_memory_bytes is None)
+    steps = _steps(recipe, models, names, thin=device_memory_bytes is None)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
     past = recipe.past or Past()
@@ -170,7 +182,7 @@ def make_plan(
         steps=steps,
         layout=lay_out((output for step in steps for output in step.outputs), max_shard_bytes),
         memory=memory,
-        warnings=tuple(recipe.warnings) + notes + remarks + _warnings(recipe, models, names, steps),
+        warnings=(*recipe.warnings, *mapped.notes, *notes, *remarks, *_warnings(recipe, models, names, steps)),
         max_shard_bytes=max_shard_bytes,
         device=device,
         device_memory=None
@@ -219,6 +231,11 @@ def _refuse_to_quantise(recipe: Recipe, model: Checkpoint, name: str) -> None:
             "or also scales of activations",
             hint="Leave it out, and quantise the output with a tool that can measure activations.",
         )
+    if recipe.quantize and recipe.slices:
+        raise PlanError(
+            f"`quantize: {recipe.quantize}` and `slices` exclude each other",
+            hint="Stack the layers first, then quantise the output with another tool.",
+        )
     if recipe.quantize and recipe.non_finite == "pass":
         raise PlanError(
             f"`quantize: {recipe.quantize}` and `non_finite: pass` exclude each other",
@@ -239,45 +256,30 @@ def _refuse_differences(models: Sequence[Checkpoint], names: Sequence[str]) -> N
             if differ_by_vocabulary(models)
             else "The models must share an architecture and a vocabulary. "
             f"`{escaped(shlex.join(['streammerge', 'inspect', *(m.location for m in models)]))}` "
-            "shows them side by side.",
+            "shows them side by side; `key_map` under a model renames its tensors.",
         )
 
 
-def _refuse_part_of_the_layers(recipe: Recipe, model: Checkpoint, name: str) -> None:
-    layers = layer_count(model.tensors)
-    if recipe.layers not in (None, layers):
-        raise PlanError(
-            f"the recipe's slice takes {recipe.layers} layers of each model, but {quoted(name)} has {layers}",
-            hint=f"streammerge merges whole models: `layer_range: [0, {layers}]`, or `models` instead of `slices`.",
-        )
-
-
-def _steps(recipe: Recipe, models: Sequence[Checkpoint], experts: range, *, thin: bool) -> tuple[Step, ...]:
+def _steps(recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], *, thin: bool) -> tuple[Step, ...]:
     """`thin`: matrices are merged by their experts' factors where there are such, and their method can."""
-    reference = models[0]
-    used = [methods.describe(name) for name in (recipe.method, *(r.method for r in recipe.rules)) if name]
-    needs_base = any(method.needs_base for method in used)
-    reads_base = needs_base or bool(recipe.base and any(method.takes_base for method in used))
-    if needs_base and not recipe.base:
-        raise PlanError(
-            "a rule's method works on changes from a base, but the recipe has no `base_model`",
-            hint="Add `base_model: DIR` to the recipe.",
-        )
-    kinds = roles({n: (e.shape, e.dtype) for n, e in reference.tensors.items()}, reference.config, roles_from_model)
-    layers = layer_count(reference.tensors)
-    # in the order of the reference's bytes, so that input and output files are passed through once
-    ordered = sorted(reference.tensors.values(), key=lambda entry: (entry.file, entry.offset))
-    of_base = thin and reads_base and all(same_folder(models[number], reference) for number in experts)
-    steps = [
-        _step(recipe, models, experts, entry.name, kinds[entry.name],
-              layer_position(entry.name, layers), reads_base)
-        for entry in ordered
-    ]  # fmt: skip
-    if of_base:
-        steps = [_thinned(step) for step in steps]
+
+    @cache
+    def roles_of(model: int) -> dict[str, Role]:
+        entries, config = models[model].tensors, models[model].config
+        return roles({name: (entry.shape, entry.dtype) for name, entry in entries.items()}, config, roles_from_model)
+
+    merged = models[: len(recipe.names)]
+    inputs = (
+        stacked_layers(recipe, merged, names, roles_of) if recipe.slices else whole_models(recipe, merged, roles_of)
+    )
+    steps = [(_step(recipe, models, each), each.reference[1]) for each in inputs]
+    if recipe.slices:
+        _refuse_looks_at_several_models([step for step, _ in steps])
+    elif thin and all(same_folder(model, models[0]) for model in merged[1:]):
+        steps = [(_thinned(step), entry) for step, entry in steps]
     if recipe.quantize:
-        steps = [each for step in steps for each in as_stored(step, reference.tensors[step.name])]
-    return _pooled(steps)
+        return _pooled([each for step, entry in steps for each in as_stored(step, entry)])
+    return _pooled([step for step, _ in steps])
 
 
 def _thinned(step: Step) -> Step:
@@ -291,6 +293,18 @@ def _thinned(step: Step) -> Step:
     if cost is None:
         return step
     return replace(step, thin=True, passes=1, flops=cost.flops, workspace_bytes=cost.workspace_bytes)
+
+
+def _refuse_looks_at_several_models(steps: Sequence[Step]) -> None:
+    """What a method sees of an expert's whole model is about one model: the same in every slice."""
+    first: dict[str, Step] = {}
+    for step in steps:
+        if step.looks_at_model and step.models != first.setdefault(step.method, step).models:
+            raise PlanError(
+                f"{quoted(step.method)} looks at whole models, and those of {quoted(step.name)} are others than "
+                f"those of {quoted(first[step.method].name)}",
+                hint="Give every slice the same sources in the same order, or let it look at single tensors.",
+            )
 
 
 def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -332,27 +346,26 @@ def _member(step: Step, pool: str, members: Sequence[Step]) -> Step:
     )
 
 
-def _step(
-    recipe: Recipe,
-    models: Sequence[Checkpoint],
-    experts: range,
-    name: str,
-    role: Role,
-    position: float,
-    reads_base: bool,
-) -> Step:
-    entries = tuple(models[i].tensors[name] for i in experts)
-    reference = models[0].tensors[name]
+def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
+    name, role, (place, reference) = inputs.name, inputs.role, inputs.reference
+    entries = tuple(entry for _, entry in inputs.experts)
     rule = recipe.rule_for(name)
     method = _method_for(recipe, rule, role, reference)
     dtype = (recipe.output_dtype or reference.output_dtype) if reference.is_float else reference.dtype
     passes_non_finite = recipe.non_finite == "pass"
     if method is None:
         return Step(
-            name=name, role=role, method=COPY, arguments={}, base=None, experts=(reference,), models=(0,),
+            name=name, role=role, method=COPY, arguments={}, base=None, experts=(reference,), models=(place,),
             dtype=dtype, by_matrix=False, passes=1, flops=0, workspace_bytes=0, passes_non_finite=passes_non_finite,
         )  # fmt: skip
-    arguments = recipe.resolve(method, name, position, rule)
+    base = inputs.base
+    if method.needs_base and base is None:
+        raise PlanError(
+            "a rule's method works on changes from a base, but the recipe has no `base_model`",
+            hint="Add `base_model: DIR` to the recipe.",
+        )
+    stored = [entry.name for entry in entries] if inputs.part else ()
+    arguments = recipe.resolve(method, name, inputs.position, rule, inputs.part, stored)
     by_matrix, by_row = method.streams_by == "matrix", method.streams_by == "row"
     shape = _matrix_shape(reference, role) if by_matrix else (1, reference.elements)
     if by_row and reference.shape:
@@ -361,7 +374,7 @@ def _step(
     cost = method.cost(shape, len(entries), arguments, 8 if max(widest, DTYPE_BYTES[dtype]) == 8 else 4)
     assert not by_matrix or not cost.looks or cost.look_scope == "model", f"{method.name} looks at one matrix"
     matrices = math.prod(reference.shape[:-2]) if by_matrix else 1
-    beside = _beside(method, models, experts, name, shape if by_matrix else None, reference)
+    beside = _beside(method, recipe, models, inputs, shape if by_matrix else None)
     # one of them is in memory at a time
     read_beside = max((entry.nbytes for _, entry in filter(None, beside)), default=0) // matrices if by_matrix else 0
     return Step(
@@ -369,9 +382,9 @@ def _step(
         role=role,
         method=method.name,
         arguments=arguments,
-        base=reference if reads_base else None,
+        base=base[1] if base else None,
         experts=entries,
-        models=((0,) if reads_base else ()) + tuple(experts),
+        models=(*((base[0],) if base else ()), *(model for model, _ in inputs.experts)),
         dtype=dtype,
         by_matrix=by_matrix,
         passes=cost.passes,
@@ -389,23 +402,25 @@ def _step(
 
 def _beside(
     method: methods.Method,
+    recipe: Recipe,
     models: Sequence[Checkpoint],
-    experts: range,
-    name: str,
+    inputs: Inputs,
     matrix: tuple[int, int] | None,
-    reference: TensorEntry,
 ) -> tuple[tuple[int, TensorEntry] | None, ...]:
     """What lies beside each expert for one tensor: [..., in, in] for matrices, else the tensor's own shape."""
-    if method.beside is None or len(models) == experts.stop:
+    if method.beside is None or len(models) == len(recipe.names):
         return ()
-    expected = reference.shape if matrix is None else (*reference.shape[:-2], matrix[1], matrix[1])
+    shape = inputs.reference[1].shape
+    expected = shape if matrix is None else (*shape[:-2], matrix[1], matrix[1])
+    # they follow the merged models, of those experts that have any
+    with_data = [number for number, expert in enumerate(recipe.experts) if expert.beside]
     found = []
-    for number in range(len(experts)):
-        model = experts.stop + number
-        entry = models[model].tensors.get(name)
+    for number, (_, stored) in zip(inputs.besides, inputs.experts, strict=True):
+        model = len(recipe.names) + with_data.index(number)
+        entry = models[model].tensors.get(stored.name)
         if entry is not None and (entry.shape != expected or not entry.is_float):
             raise PlanError(
-                f"{quoted(name)} is {entry.dtype} {list(entry.shape)} in {quoted(models[model].location)}, "
+                f"{quoted(stored.name)} is {entry.dtype} {list(entry.shape)} in {quoted(models[model].location)}, "
                 f"expected floats {list(expected)}: the {method.beside} of its inputs",
                 hint="`streammerge capture` makes such a folder from the model and a text file.",
             )
@@ -460,6 +475,8 @@ def _warnings(
     recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], steps: Sequence[Step]
 ) -> tuple[str, ...]:
     found = [note for model in models for note in model.notes]
+    if recipe.slices:
+        found += [*stacking_warnings(recipe, models, names), *config_warnings(recipe, models, names)]
     if recipe.past and recipe.past.inputs is not None:
         pairs = zip(recipe.past.inputs, models, strict=True)
         changed = [line for before, model in pairs for line in changed_files(before, model)[0]]

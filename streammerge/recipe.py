@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import yaml
 
 from streammerge import located_yaml, methods, patterns
-from streammerge.checkpoint import JSON_LIMIT_BYTES
 from streammerge.errors import RecipeError, quoted
 from streammerge.located_yaml import Located, did_you_mean, nearest
+from streammerge.locations import same_model, short_names
 from streammerge.methods import Method, Parameter
+from streammerge.recipe_files import DAMAGED_REPORT, Past, contents, past_of, read_report
+from streammerge.scalars import (
+    DTYPES,
+    NonFinite,
+    Rounding,
+    read_dtype,
+    read_key_map,
+    read_method,
+    read_non_finite,
+    read_regex,
+    read_rounding,
+    read_seed,
+)
 from streammerge.settings import Setting, read_setting, required
-from streammerge.slices import NOT_WHOLE, WHOLE_HINT, listed_models
+from streammerge.slices import Slice, Source, WrittenSlice, first_of_base, written_slices
 from streammerge.token_rules import UNION, TokenRule, read_multiple, read_token_rules
 
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-Rounding = Literal["nearest", "stochastic"]
-NonFinite = Literal["refuse", "pass"]
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """A model to merge: a folder, a file or a hub name, its own settings, and the data its method needs beside it."""
+    """A model to merge: a folder, a file or a hub name, its own settings, and the data its method needs beside it.
+
+    key_map  patterns in the names of its tensors, and what they are replaced by to give the first model's names
+    """
 
     location: str
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     beside: str | None = None
+    key_map: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +60,11 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
-    """What a report says of its merge beside the recipe; None where it was written before reports said so.
-
-    max_shard_bytes  the most data that one output file held
-    inputs           for each of the recipe's `locations` its weight files: size, modified_ns, header_sha256
-    """
-
-    max_shard_bytes: int | None = None
-    inputs: tuple[Mapping[str, Mapping[str, object]], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A recipe that was read and checked. Two are equal when they ask for the same merge.
 
-    layers  how many each model must have, where the recipe lists them as one slice over all of their layers
+    slices  where the recipe stacks layers: which of its models each layer comes from; `experts` then lists all models
+            beside the base, and what is set for them lies in the slices
     non_finite  refuse: a NaN or an infinity ends the merge; pass: methods that merge each element by itself let those
             of the inputs through, and all methods what the output's dtype cannot hold
     tokens, pad_to_multiple_of  of the vocabulary that `tokenizer_source` names: rows of single tokens, rows in all
@@ -88,7 +88,7 @@ class Recipe:
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
     name: str | None = None
-    layers: int | None = None
+    slices: tuple[Slice, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     written: str | None = field(default=None, compare=False, repr=False)
     past: Past | None = field(default=None, compare=False, repr=False)
@@ -112,7 +112,7 @@ class Recipe:
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Recipe:
         """Read a file, YAML or a report. Relative paths start at the current folder or else at the file's."""
-        if os.fspath(path).endswith(".json") and (report := _report(Path(path))) is not None:
+        if os.fspath(path).endswith(".json") and (report := read_report(Path(path))) is not None:
             return Recipe.from_report(report, str(path), os.path.dirname(path))
         text = contents(Path(path))
         return _Reader(located_yaml.parse(text, str(path)), os.path.dirname(path)).recipe(text)
@@ -126,9 +126,9 @@ class Recipe:
         """
         recipe = report.get("recipe")
         if not isinstance(recipe, dict):
-            raise RecipeError(f"{quoted(source)} holds no `recipe`", hint=_DAMAGED_REPORT)
+            raise RecipeError(f"{quoted(source)} holds no `recipe`", hint=DAMAGED_REPORT)
         found = _Reader(located_yaml.wrap(recipe, f"{source}: recipe"), folder).recipe(None)
-        return replace(found, past=_past(report, source, len(found.locations)))
+        return replace(found, past=past_of(report, source, len(found.locations)))
 
     @staticmethod
     def from_located(node: Located, folder: str | None = None) -> Recipe:
@@ -155,13 +155,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values without empty or default ones; loading them gives an equal recipe."""
-        models = [self._plain_expert(expert) for expert in self.experts]
+        models = [self._plain_expert(expert, expert.parameters) for expert in self.experts]
         plain: dict[str, object] = {
             "name": self.name,
             "merge_method": self.method,
             "base_model": self.base,
-            "models": models if self.layers is None else None,
-            "slices": None if self.layers is None else [{"sources": models}],
+            "models": None if self.slices else models,
+            "slices": [self._plain_slice(part) for part in self.slices],
             "parameters": _plain_settings(self.parameters),
             "rules": [_plain_rule(rule) for rule in self.rules],
             "dtype": self.dtype,
@@ -182,11 +182,22 @@ class Recipe:
         multiple = self.pad_to_multiple_of
         return {"tokenizer": _plain(source=self.tokenizer_source, tokens=tokens, pad_to_multiple_of=multiple)}
 
-    def _plain_expert(self, expert: Expert) -> dict[str, object]:
+    def _plain_expert(self, expert: Expert, parameters: Mapping[str, Setting], *layers: int) -> dict[str, object]:
         beside = {str(methods.describe(self.method).beside): expert.beside}
-        layer_range = None if self.layers is None else [0, self.layers]
-        parameters = _plain_settings(expert.parameters)
-        return _plain(model=expert.location, layer_range=layer_range, parameters=parameters, **beside)
+        plain = _plain_settings(parameters)
+        keys = dict(expert.key_map)
+        return _plain(model=expert.location, layer_range=list(layers), key_map=keys, parameters=plain, **beside)
+
+    def _plain_slice(self, part: Slice) -> dict[str, object]:
+        method, base = methods.describe(self.method), part.base or self.base
+        sources = [
+            self._plain_expert(self.experts[each.expert], each.parameters, each.first, each.first + part.layers)
+            for each in part.sources
+        ]
+        if base is not None and part.base_first is not None and (method.needs_base or method.takes_base):
+            layers = [part.base_first, part.base_first + part.layers]
+            sources.insert(0, {"model": base, "layer_range": layers})
+        return _plain(sources=sources, base_model=part.base, parameters=_plain_settings(part.parameters))
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
@@ -195,8 +206,19 @@ class Recipe:
         except patterns.PatternError as error:
             raise RecipeError(f"a rule's {error}", hint="Write its `match` with fewer repetitions.") from error
 
-    def resolve(self, method: Method, tensor: str, position: float, rule: Rule | None = None) -> dict[str, object]:
+    def resolve(
+        self,
+        method: Method,
+        tensor: str,
+        position: float,
+        rule: Rule | None = None,
+        part: Slice | None = None,
+        stored: Sequence[str] = (),
+    ) -> dict[str, object]:
         """The keyword arguments of a method's function for one tensor at a depth in [0, 1].
+
+        part    the slice that the tensor belongs to, where the recipe has any
+        stored  of a slice's tensor: its name in each of the experts, by which filters for experts go
 
         Per-expert parameters come as one float per expert. The recipe's own settings belong to its own
         method; any other method gets its declared defaults and what the rule that names it sets.
@@ -204,15 +226,18 @@ class Recipe:
         assert rule is None or rule.method == method.name, f"a rule for {rule.method} cannot set {method.name}"
         first: list[Mapping[str, Setting]] = [rule.parameters] if rule else []
         own = method.name == self.method
-        last = [self.parameters] if own else []
+        last = [*([part.parameters] if part else []), self.parameters] if own else []
+        experts = [each.parameters for each in (part.sources if part else self.experts)]
         arguments: dict[str, object] = {}
         for parameter in method.parameters.values():
-            value = partial(_first_value, parameter, tensor, position)
+            value = partial(_first_value, parameter, position)
             if parameter.per_expert:
-                each = ([*first, *([expert.parameters] if own else []), *last] for expert in self.experts)
-                arguments[parameter.keyword] = tuple(cast(float, value(settings)) for settings in each)
+                arguments[parameter.keyword] = tuple(
+                    cast(float, value(name, [*first, *([settings] if own else []), *last]))
+                    for settings, name in zip(experts, stored or [tensor] * len(experts), strict=True)
+                )
             else:
-                arguments[parameter.keyword] = value([*first, *last])
+                arguments[parameter.keyword] = value(tensor, [*first, *last])
         for parameter in method.parameters.values():
             inner = arguments[parameter.keyword]
             if parameter.type == "settings" and isinstance(inner, Mapping):
@@ -229,10 +254,10 @@ class Recipe:
     @property
     def names(self) -> tuple[str, ...]:
         """Short names for messages, each different: the base's, if there is one, then the experts'."""
-        return _short_names([*([self.base] if self.base else []), *(each.location for each in self.experts)])
+        return short_names([*([self.base] if self.base else []), *(each.location for each in self.experts)])
 
 
-def _first_value(parameter: Parameter, tensor: str, position: float, settings: list[Mapping[str, Setting]]) -> object:
+def _first_value(parameter: Parameter, position: float, tensor: str, settings: list[Mapping[str, Setting]]) -> object:
     for mapping in settings:
         value = mapping[parameter.name].value(tensor, position) if parameter.name in mapping else None
         if value is not None:
@@ -257,72 +282,6 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
     )
 
 
-def contents(path: Path) -> str:
-    """The text of a file that a person wrote. Raises RecipeError for one that is not there, too large or no text."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(located_yaml.LARGEST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise RecipeError(f"{quoted(path)} does not exist") from error
-    except OSError as error:
-        raise RecipeError(f"{quoted(path)} cannot be read: {error.strerror}") from error
-    if len(data) > located_yaml.LARGEST_BYTES:
-        raise located_yaml.too_large(str(path))
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{quoted(path)} is not UTF-8 text") from error
-
-
-def _report(path: Path) -> dict[str, object] | None:
-    """A file's content if it is a merge's report, which may be longer than any recipe."""
-    try:
-        if path.stat().st_size > JSON_LIMIT_BYTES:
-            return None
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        # to be said by whoever reads it as a recipe
-        return None
-    return table if isinstance(table, dict) and {"format", "recipe", "tensors"} <= table.keys() else None
-
-
-def _past(report: Mapping[str, object], source: str, locations: int) -> Past:
-    shard, inputs = report.get("max_shard_bytes"), report.get("inputs")
-    sound = shard is None or (type(shard) is int and shard > 0)
-    if not sound or not (inputs is None or _are_inputs(inputs, locations)):
-        raise RecipeError(f"{quoted(source)} says something impossible of its inputs or shards", hint=_DAMAGED_REPORT)
-    files = tuple(each["files"] for each in inputs) if isinstance(inputs, list) else None
-    return Past(max_shard_bytes=cast("int | None", shard), inputs=files)
-
-
-def _are_inputs(inputs: object, locations: int) -> bool:
-    return (
-        isinstance(inputs, list)
-        and len(inputs) == locations
-        and all(isinstance(each, dict) and isinstance(each.get("files"), dict) for each in inputs)
-        and all(isinstance(facts, dict) for each in inputs for facts in each["files"].values())
-    )
-
-
-def _short_names(locations: list[str]) -> tuple[str, ...]:
-    """As many last path components as set a location apart from the others; repeats are numbered."""
-    parts = {location: os.path.normpath(location).split(os.sep) for location in locations}
-    names: list[str] = []
-    for location in locations:
-        short = _shortest(location, parts)
-        repeats = locations[: len(names)].count(location)
-        names.append(f"{short} #{repeats + 1}" if repeats else short)
-    return tuple(names)
-
-
-def _shortest(location: str, parts: Mapping[str, list[str]]) -> str:
-    for depth in range(1, len(parts[location]) + 1):
-        tail = parts[location][-depth:]
-        if not any(other[-depth:] == tail for each, other in parts.items() if each != location):
-            return "/".join(tail)
-    return location
-
-
 _KEYS = (
     "merge_method",
     "base_model",
@@ -341,10 +300,17 @@ _KEYS = (
     "chat_template",
     "name",
 )
-_DAMAGED_REPORT = "The report is damaged, or was written by hand. Write the recipe as YAML instead."
-_MERGEKIT_KEYS = {"modules": (NOT_WHOLE.format("`modules`"), WHOLE_HINT)}
+_MERGEKIT_KEYS = {
+    "modules": (
+        "`modules` merges a model's parts by recipes of their own in mergekit; streammerge has one for all",
+        "List the models under `models`, or their layers under `slices`; `rules` treat tensors differently by name.",
+    )
+}
 _MERGEKIT_MODEL_KEYS = {
-    "layer_range": (NOT_WHOLE.format("`layer_range`"), "Remove it to merge all layers."),
+    "layer_range": (
+        "`layer_range` stands beside a `model` that is not a source of a slice",
+        "Remove it to merge all layers, or list the model in a slice's `sources`.",
+    ),
 }
 _MERGEKIT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 # parameters that mergekit takes and that change no result: of every method, and of some
@@ -361,11 +327,16 @@ class _Reader:
         self.root, self.folder = root, folder
         self.warnings: list[str] = []
         self.fields = root.fields(_KEYS, _MERGEKIT_KEYS)
-        self.method = _method(required(self.fields, "merge_method", root))
+        self.method = read_method(required(self.fields, "merge_method", root))
         self.base = self.optional("base_model", self.location)
-        self.needs_base(self.method, self.fields["merge_method"])
-        listing, self.layers = listed_models(self.fields, root)
-        self.experts = self.read_experts(listing)
+        self.slices: tuple[Slice, ...] = ()
+        if "slices" in self.fields:
+            if "models" in self.fields:
+                raise self.fields["slices"].error("`slices` and `models` say the same thing twice", "Keep one.")
+            self.experts, self.slices = self.read_slices(self.fields["slices"])
+        else:
+            self.needs_base(self.method, self.fields["merge_method"])
+            self.experts = self.read_experts(required(self.fields, "models", root))
         self.models = [*([self.base] if self.base else []), *(expert.location for expert in self.experts)]
 
     def recipe(self, written: str | None) -> Recipe:
@@ -378,18 +349,18 @@ class _Reader:
             experts=self.experts,
             parameters=parameters,
             rules=tuple(self.rule(item) for item in self.optional("rules", Located.items) or ()),
-            dtype=self.optional("dtype", _dtype),
-            out_dtype=self.optional("out_dtype", _dtype),
-            rounding=self.optional("rounding", _rounding) or "nearest",
-            non_finite=self.optional("non_finite", _non_finite) or "refuse",
-            seed=self.optional("seed", _seed) or 0,
+            dtype=self.optional("dtype", read_dtype),
+            out_dtype=self.optional("out_dtype", read_dtype),
+            rounding=self.optional("rounding", read_rounding) or "nearest",
+            non_finite=self.optional("non_finite", read_non_finite) or "refuse",
+            seed=self.optional("seed", read_seed) or 0,
             quantize=self.optional("quantize", lambda node: node.choice(("base",))),
             tokenizer_source=tokenizer_source,
             tokens=tokens,
             pad_to_multiple_of=multiple,
             chat_template=self.optional("chat_template", self.chat_template),
             name=self.optional("name", Located.text),
-            layers=self.layers,
+            slices=self.slices,
             warnings=tuple(self.warnings),
             written=written,
         )
@@ -398,26 +369,89 @@ class _Reader:
         return read(self.fields[key]) if key in self.fields else None
 
     def needs_base(self, method: Method, node: Located) -> None:
-        if method.needs_base and self.base is None:
+        if not method.needs_base:
+            return
+        bases = [part.base or self.base for part in self.slices] or [self.base]
+        if None in bases:
             hint = "Add `base_model` with the model that the experts were trained from."
             raise node.error(f"method `{method.name}` needs a base model", hint)
+        self.needs_base_layers(node)
+
+    def needs_base_layers(self, node: Located) -> None:
+        for number, part in enumerate(self.slices):
+            if part.base_first is None:
+                found = f"no layers of the base go with those of `slices[{number}]`"
+                raise node.error(found, "List the base as a source of the slice, with a `layer_range` as long.")
 
     def read_experts(self, node: Located) -> tuple[Expert, ...]:
-        experts = []
-        for item in node.items("a list of models"):
-            beside = self.method.beside
-            fields = item.fields(("model", "lora", "parameters", *([beside] if beside else [])), _MERGEKIT_MODEL_KEYS)
-            location = self.adapted(self.location(required(fields, "model", item)), fields)
-            # configs often list the base too; to a method of changes it has nothing to add
-            if (self.method.needs_base or self.method.takes_base) and _same(location, self.base):
-                continue
-            parameters = self.parameters(fields.get("parameters"), self.method, of_expert=True)
-            data = self.found(required(fields, beside, item).text("a folder")) if beside else None
-            experts.append(Expert(location=location, parameters=parameters, beside=data))
+        # configs often list the base too; to a method of changes it has nothing to add
+        skips_base = self.method.needs_base or self.method.takes_base
+        read = (self.expert(item, self.base if skips_base else None) for item in node.items("a list of models"))
+        experts = tuple(expert for expert in read if expert)
         if not experts:
-            found = "only the base model" if node.value else "no model"
-            raise node.error(f"{quoted(node.key)} lists {found}", "List at least one model to merge.")
-        return tuple(experts)
+            raise _no_expert(node)
+        return experts
+
+    def expert(self, node: Located, base: str | None) -> Expert | None:
+        """A model with what is set for it; None for the base."""
+        beside = self.method.beside
+        known = ("model", "lora", "parameters", "key_map", *([beside] if beside else []))
+        fields = node.fields(known, _MERGEKIT_MODEL_KEYS)
+        location = self.adapted(self.location(required(fields, "model", node)), fields)
+        if same_model(location, base):
+            if "key_map" in fields:
+                raise fields["key_map"].error(
+                    "`key_map` of the base, whose names all others are mapped to", "Remove it."
+                )
+            return None
+        parameters = self.parameters(fields.get("parameters"), self.method, of_expert=True)
+        data = self.found(required(fields, beside, node).text("a folder")) if beside else None
+        key_map = read_key_map(fields["key_map"]) if "key_map" in fields else ()
+        return Expert(location=location, parameters=parameters, beside=data, key_map=key_map)
+
+    def read_slices(self, node: Located) -> tuple[tuple[Expert, ...], tuple[Slice, ...]]:
+        """Every model that the slices name beside the base, each once, and the slices."""
+        experts: list[Expert] = []
+        slices = tuple(self.slice(written, experts) for written in written_slices(node))
+        return tuple(experts), slices
+
+    def slice(self, written: WrittenSlice, experts: list[Expert]) -> Slice:
+        """One slice; models that it is the first to name are added to `experts`."""
+        own_base = self.location(written.base) if written.base else None
+        base, method = own_base or self.base, self.method
+        if method.needs_base and base is None:
+            hint = "Add `base_model` with the model that the experts were trained from."
+            raise written.node.error(f"method `{method.name}` needs a base model", hint)
+        skips_base = method.needs_base or method.takes_base
+        read = [(source, self.expert(source.model, base if skips_base else None)) for source in written.sources]
+        sources = [
+            Source(
+                expert=_place(experts, replace(expert, parameters={})),
+                first=source.first,
+                parameters=expert.parameters,
+                where=source.model.where,
+            )
+            for source, expert in read
+            if expert
+        ]
+        if not sources:
+            raise _no_expert(written.listing)
+        of_base = [each.first for each, expert in read if expert is None or same_model(expert.location, base)]
+        needed = base if skips_base else None
+        first = None if base is None else first_of_base(written, of_base, [each.first for each in sources], needed)
+        if own_base is not None:
+            known = next(
+                (each for each in (self.base, *(e.location for e in experts)) if same_model(own_base, each)), None
+            )
+            own_base = known or experts[_place(experts, Expert(location=own_base))].location
+        return Slice(
+            layers=written.layers,
+            sources=tuple(sources),
+            base=own_base,
+            base_first=first,
+            parameters=self.parameters(written.parameters, method),
+            where=written.node.where,
+        )
 
     def location(self, node: Located) -> str:
         """A model as text, or in mergekit's long form {model: {path: PATH, revision: REVISION}, lora: …}."""
@@ -464,7 +498,7 @@ class _Reader:
         # mergekit adds an unlisted base to `models`, where it has the settings that each model needs
         per_expert = {each.name for each in self.method.parameters.values() if each.per_expert}
         added = "models" in self.fields and (not per_expert or not per_expert.isdisjoint(parameters))
-        listed = any(_same(expert.location, self.base) for expert in self.experts)
+        listed = any(same_model(expert.location, self.base) for expert in self.experts)
         if self.base and added and not listed and not (self.method.needs_base or self.method.takes_base):
             reason = f"`{self.method.name}` merges what `models` lists, where mergekit would add the base"
             self.warn(self.fields["base_model"], reason)
@@ -495,7 +529,7 @@ class _Reader:
         """The parameters of the method that another one wraps, checked against that method: one value each."""
         wrapped = value.key.removesuffix("_parameters")
         given = node.mapping().get(wrapped) if node else None
-        rule = _method(given) if given else methods.describe(str(method.parameters[wrapped].default))
+        rule = read_method(given) if given else methods.describe(str(method.parameters[wrapped].default))
         found = self.parameters(value, rule)
         plain = {name: setting.value("", 0.0) for name, setting in found.items()}
         if any(setting.to_plain() != plain[name] for name, setting in found.items()):
@@ -504,18 +538,19 @@ class _Reader:
 
     def rule(self, node: Located) -> Rule:
         fields = node.fields(("match", "merge_method", "keep", "parameters"))
-        match = _regex(required(fields, "match", node))
+        match = read_regex(required(fields, "match", node))
         if ("merge_method" in fields) == ("keep" in fields):
             found = "both" if "keep" in fields else "neither"
             raise node.error(f"a rule has `merge_method` or `keep`, found {found}")
         if "merge_method" in fields:
-            method = _method(fields["merge_method"])
+            method = read_method(fields["merge_method"])
             self.needs_base(method, fields["merge_method"])
             parameters = self.parameters(fields.get("parameters"), method)
             return Rule(match=match, method=method.name, parameters=parameters)
         fields["keep"].choice(("base",))
-        if self.base is None:
+        if self.base is None and not (self.slices and all(part.base for part in self.slices)):
             raise fields["keep"].error("`keep: base` without a base model", "Add `base_model`.")
+        self.needs_base_layers(fields["keep"])
         if "parameters" in fields:
             raise fields["parameters"].error("`parameters` beside `keep`, which has none", "Remove them.")
         return Rule(match=match, keep_base=True)
@@ -560,54 +595,18 @@ class _Reader:
             return "base"
         location = self.location(node)
         for model in self.models:
-            if _same(location, model):
+            if same_model(location, model):
                 return model
         raise node.wrong(expected, did_you_mean(node.value, [*keywords, *self.models]))
 
 
-def _same(location: str, other: str | None) -> bool:
-    if other is None or location == other:
-        return location == other
-    return all(map(os.path.exists, (location, other))) and os.path.abspath(location) == os.path.abspath(other)
+def _no_expert(node: Located) -> RecipeError:
+    found = "only the base model" if node.value else "no model"
+    return node.error(f"{quoted(node.key)} lists {found}", "List at least one model to merge.")
 
 
-def _method(node: Located) -> Method:
-    name = node.text("the name of a method")
-    if name not in methods.names():
-        near = nearest(name, methods.names())
-        hint = f"{near} `streammerge methods` lists them." if near else "`streammerge methods` lists them."
-        raise node.error(f"unknown method {quoted(name)}", hint)
-    return methods.describe(name)
-
-
-def _dtype(node: Located) -> str:
-    name = node.text("a dtype").removeprefix("torch.")
-    if name in SHORT_DTYPES:
-        return SHORT_DTYPES[name]
-    if name not in DTYPES:
-        raise node.error(f"unknown dtype {quoted(name)}", did_you_mean(name, [*DTYPES, *SHORT_DTYPES]))
-    return name
-
-
-def _rounding(node: Located) -> Rounding:
-    return "stochastic" if node.choice(("nearest", "stochastic")) == "stochastic" else "nearest"
-
-
-def _non_finite(node: Located) -> NonFinite:
-    return "pass" if node.choice(("refuse", "pass")) == "pass" else "refuse"
-
-
-def _seed(node: Located) -> int:
-    seed = node.whole()
-    if not 0 <= seed < 2**63:
-        raise node.wrong("a whole number from 0 to 2^63 - 1")
-    return seed
-
-
-def _regex(node: Located) -> str:
-    pattern = node.text("a regular expression")
-    try:
-        patterns.compiled(pattern)
-    except patterns.PatternError as error:
-        raise node.error(str(error), "Quote it in YAML with single quotes: '…'.") from error
-    return pattern
+def _place(experts: list[Expert], expert: Expert) -> int:
+    """Where an expert stands in a list, at its end if it is not there yet."""
+    if expert not in experts:
+        experts.append(expert)
+    return experts.index(expert)

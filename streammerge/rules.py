@@ -263,7 +263,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})\.")
 
 def layer_count(names: Iterable[str]) -> int:
     """How many layers the names count; of an encoder and a decoder, the deeper."""
-    return max((index + 1 for name in names if (index := _layer_index(name)) is not None), default=0)
+    return max((parts[1] + 1 for name in names if (parts := layer_parts(name))), default=0)
 
 
 def layer_position(name: str, layers: int) -> float:
@@ -272,13 +272,19 @@ def layer_position(name: str, layers: int) -> float:
     Layer i lies at i / (layers - 1), an only layer at 1. What is outside of the layers lies at 0: the embeddings, and
     also the final norm and the head.
     """
-    index = _layer_index(name)
-    if index is None:
-        return 0.0
-    return min(index / (layers - 1), 1.0) if layers > 1 else 1.0
+    parts = layer_parts(name)
+    return 0.0 if parts is None else position_of(parts[1], layers)
 
 
-def _layer_index(name: str) -> int | None:
-    # the first number counts: in T5's `block.3.layer.0.` the second is a part of the layer
+def position_of(layer: int, layers: int) -> float:
+    """Where on a curve over the depth of `layers` layers one of them lies."""
+    return min(layer / (layers - 1), 1.0) if layers > 1 else 1.0
+
+
+def layer_parts(name: str) -> tuple[str, int, str] | None:
+    """What stands before a layer's number, the number, and what follows: `model.layers.`, 3, `.mlp.up_proj.weight`.
+
+    None outside of layers. The first number counts: in T5's `block.3.layer.0.` the second is a part of the layer.
+    """
     found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    return (name[: found.start(1)], int(found[1]), name[found.end(1) :]) if found else None

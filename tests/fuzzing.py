@@ -305,6 +305,9 @@ _RECIPES = (
     "dtype: bfloat16\nout_dtype: float32\nrounding: stochastic\nseed: 7\ntokenizer_source: base\nchat_template: auto\n",
     "slices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n  - {model: b, layer_range: [0, 2]}\n"
     'merge_method: slerp\nbase_model: a\nparameters: &p {t: 0.5}\nname: "x\\u00e9"\n',
+    "merge_method: ties\nbase_model: a\nslices:\n- base_model: b\n  parameters: {density: [0, 1]}\n  sources:\n"
+    "  - {model: b, layer_range: [4, 6]}\n  - {model: c, layer_range: [0, 2], key_map: {'^h\\.(\\d+)': 'x.\\1'}}\n"
+    "- sources: [{model: a, layer_range: [0, 1]}, {model: c, layer_range: [9, 10], parameters: {weight: 2}}]\n",
 )
 # {"a": a float32 [3, 4], "tied": the same, "b": a parameter of int64 [5]} with a `_metadata`, by `torch.save`
 _PICKLE = (

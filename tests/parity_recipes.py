@@ -941,6 +941,183 @@ slices:
 """,
     ),
     Case(
+        "passthrough of layers of two models, as in frankenmerges",
+        """
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+  - sources:
+      - model: {b}
+        layer_range: [1, 4]
+  - sources:
+      - model: {a}
+        layer_range: [3, 4]
+""",
+    ),
+    Case(
+        "passthrough of one model's layers twice, scaled over depth and by names, beside a base",
+        """
+base_model: {base}
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+        parameters: {scale: [0.5, 1.5]}
+  - sources:
+      - model: {a}
+        layer_range: [1, 4]
+        parameters:
+          scale:
+            - filter: layers.2.
+              value: 0.2
+            - filter: o_proj
+              value: 0.0
+            - value: [1.0, 2.0]
+  - sources:
+      - model: {a}
+        layer_range: [3, 4]
+        parameters: {scale: [0.25, 0.75]}
+""",
+    ),
+    Case(
+        "linear of two slices of unlike ranges, with settings for sources, slices and all",
+        """
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+        parameters: {weight: [0, 1]}
+      - model: {b}
+        layer_range: [1, 4]
+        parameters:
+          weight:
+            - filter: layers.1.
+              value: 0.9
+            - value: 0.4
+    parameters: {normalize: false}
+  - sources:
+      - model: {c}
+        layer_range: [2, 4]
+      - model: {b}
+        layer_range: [0, 2]
+        parameters:
+          weight:
+            - filter: mlp
+              value: [0.1, 0.7]
+    parameters:
+      weight:
+        - filter: self_attn
+          value: 2
+parameters:
+  weight: 0.5
+""",
+    ),
+    Case(
+        "linear of one slice without the last layer",
+        """
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+      - model: {b}
+        layer_range: [0, 3]
+parameters:
+  weight: 1
+""",
+    ),
+    Case(
+        "linear of one slice without the first layer",
+        """
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [1, 4]
+      - model: {b}
+        layer_range: [1, 4]
+parameters:
+  weight: 1
+""",
+    ),
+    Case(
+        "ties of two slices over depth",
+        """
+base_model: {base}
+slices:
+  - sources:
+      - model: {base}
+        layer_range: [0, 3]
+      - model: {a}
+        layer_range: [0, 3]
+        parameters:
+          density: [1, 0.3]
+          weight: 1.0
+      - model: {b}
+        layer_range: [0, 3]
+  - sources:
+      - model: {b}
+        layer_range: [1, 4]
+        parameters: {weight: [0.2, 0.9]}
+      - model: {base}
+        layer_range: [1, 4]
+    parameters: {density: 0.8}
+parameters:
+  density: 0.5
+  weight: 0.4
+  lambda:
+    - filter: layers.4.
+      value: 0.7
+    - value: 1.0
+""",
+    ),
+    Case(
+        "task_arithmetic of slices with bases of their own",
+        """
+slices:
+  - sources:
+      - model: {b}
+        layer_range: [2, 4]
+      - model: {a}
+        layer_range: [2, 4]
+      - model: {c}
+        layer_range: [2, 4]
+    base_model: {a}
+  - sources:
+      - model: {base}
+        layer_range: [0, 2]
+      - model: {a}
+        layer_range: [1, 3]
+    base_model: {base}
+parameters:
+  weight: 0.6
+""",
+    ),
+    Case(
+        "slerp of two slices over depth and by name, as on model cards",
+        """
+base_model: {a}
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 3]
+      - model: {b}
+        layer_range: [0, 3]
+  - sources:
+      - model: {c}
+        layer_range: [1, 4]
+      - model: {a}
+        layer_range: [1, 4]
+    parameters: {t: [0.2, 0.8]}
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: layers.1.
+      value: 0.9
+    - value: 0.5
+""",
+    ),
+    Case(
         "task_arithmetic with densities of models",
         """
 base_model: {base}
@@ -1008,6 +1185,24 @@ models:
     ),
 )
 
+# mergekit's final norm and head are merged of as many of the last slice's sources as the first slice has
+GROWING = Case(
+    "linear of slices of one source, then of two",
+    """
+slices:
+  - sources:
+      - model: {a}
+        layer_range: [0, 2]
+  - sources:
+      - model: {b}
+        layer_range: [2, 4]
+      - model: {c}
+        layer_range: [2, 4]
+parameters:
+  weight: 1
+""",
+)
+
 # what mergekit takes without a word, and ours refuses with one
 REFUSED = (
     Case(
@@ -1054,41 +1249,15 @@ models:
 """,
     ),
     Case(
-        "passthrough of two slices",
+        "passthrough of layers that the model does not have",
         """
 slices:
   - sources:
       - model: {a}
-        layer_range: [0, 3]
+        layer_range: [0, 2]
   - sources:
       - model: {b}
-        layer_range: [1, 4]
-""",
-    ),
-    Case(
-        "linear of one slice without the last layer",
-        """
-slices:
-  - sources:
-      - model: {a}
-        layer_range: [0, 3]
-      - model: {b}
-        layer_range: [0, 3]
-parameters:
-  weight: 1
-""",
-    ),
-    Case(
-        "linear of one slice without the first layer",
-        """
-slices:
-  - sources:
-      - model: {a}
-        layer_range: [1, 4]
-      - model: {b}
-        layer_range: [1, 4]
-parameters:
-  weight: 1
+        layer_range: [3, 3]
 """,
     ),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 import streammerge
 from streammerge import methods
 from tests.parity_models import save_family
-from tests.parity_recipes import CASES, RANDOM, REFUSED, Case
+from tests.parity_recipes import CASES, GROWING, RANDOM, REFUSED, Case
 from tests.stored import tensors_of
 
 pytestmark = pytest.mark.parity
@@ -59,7 +59,7 @@ def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Mergekit:
         pytest.skip(f"no mergekit: {PYTHON} is missing; `make test-parity` installs it")
     folder = tmp_path_factory.mktemp("mergekit")
     family = save_family(folder / "models")
-    runs = [(case, 0) for case in (*CASES, *REFUSED)] + [(case, seed) for case in RANDOM for seed in SEEDS]
+    runs = [(case, 0) for case in (*CASES, *REFUSED, GROWING)] + [(case, seed) for case in RANDOM for seed in SEEDS]
     for case, _ in runs:
         (folder / f"{case.name}.yaml").write_text(case.text(family))
     jobs = [(str(folder / f"{c.name}.yaml"), str(folder / f"{c.name} {seed}"), seed) for c, seed in runs]
@@ -81,7 +81,8 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bas
     assert found.keys() == expected.keys()
     worst = {}
     for name, tensor in expected.items():
-        size, change = tensor.double().norm(), (tensor.double() - base[name].double()).norm()
+        # a stack has layers that the base does not have
+        size, change = tensor.double().norm(), (tensor.double() - base.get(name, tensor * 0).double()).norm()
         distance = (found[name].double() - tensor.double()).norm()
         if not distance <= min(TOLERANCE * size, TOLERANCE * change + HELD * size):
             worst[name] = (distance / size).item()
@@ -124,6 +125,16 @@ def test_a_base_that_mergekit_would_add_is_warned_of_and_may_be_listed(mergekit,
     assert differences(ours(recipe, tmp_path / "out"), theirs, base)
     listed = recipe | {"models": [*recipe["models"], {"model": recipe["base_model"]}]}
     assert differences(ours(listed, tmp_path / "listed"), theirs, base) == []
+
+
+def test_what_lies_above_the_layers_is_merged_of_all_sources_of_the_last_slice(mergekit, tmp_path):
+    base, b, c = mergekit.models("base", "b", "c")
+    theirs, found = mergekit.merged(GROWING), ours(mergekit.recipe(GROWING), tmp_path / "out")
+    above = {"model.norm.weight", "lm_head.weight"}
+    assert {name.partition(" ")[0] for name in differences(found, theirs, base)} == above
+    for name in above:
+        torch.testing.assert_close(theirs[name], b[name])
+        torch.testing.assert_close(found[name], (b[name] + c[name]) / 2)
 
 
 def compatible(recipe: Path) -> dict[str, object]:

@@ -307,8 +307,17 @@ def test_every_difference_between_models_is_listed() -> None:
     )
     assert hint == (
         "The models must share an architecture and a vocabulary. "
-        "`streammerge inspect base a b` shows them side by side."
+        "`streammerge inspect base a b` shows them side by side; `key_map` under a model renames its tensors."
     )
+
+
+def test_of_many_differences_the_first_are_listed() -> None:
+    extra: Tensors = {f"extra_{number:02}": ("F32", ()) for number in range(30)}
+    message, _ = refused(recipe(), Headers(base=LLAMA, a={**LLAMA, **extra}, b=LLAMA))
+    first, *listed = message.split("\n  ")
+    assert first == "the models do not fit together: 30 differences"
+    assert listed[0] == "`extra_00` is in `a` but not in `base`"
+    assert listed[20:] == ["and 10 more"]
 
 
 def test_one_difference_is_not_called_differences() -> None:
@@ -343,16 +352,21 @@ def sliced(layers: int, base: str | None = "base") -> Recipe:
     return Recipe.from_dict(mapping | ({"base_model": base} if base else {}))
 
 
+def test_a_slice_over_all_layers_is_planned_as_models_are() -> None:
+    assert planned(sliced(2, None)).steps == planned(recipe(base=None)).steps
+
+
+def test_a_base_that_no_method_works_with_does_not_enter_a_slice() -> None:
+    whole, stacked = planned(recipe(base="base")).steps, planned(sliced(2)).steps
+    assert {step.name for step in stacked} == {step.name for step in whole}
+    assert all(0 not in step.models for step in stacked)
+
+
 @pytest.mark.parametrize("base", ["base", None])
-def test_a_slice_over_all_layers_is_planned_as_models_are(base: str | None) -> None:
-    assert planned(sliced(2, base)).steps == planned(recipe(base=base)).steps
-
-
-@pytest.mark.parametrize(("layers", "base", "name"), [(1, "base", "base"), (3, None, "a")])
-def test_a_slice_over_another_number_of_layers_is_refused(layers: int, base: str | None, name: str) -> None:
-    assert refused(sliced(layers, base)) == (
-        f"the recipe's slice takes {layers} layers of each model, but `{name}` has 2",
-        "streammerge merges whole models: `layer_range: [0, 2]`, or `models` instead of `slices`.",
+def test_layers_that_a_model_does_not_have_are_refused(base: str | None) -> None:
+    assert refused(sliced(3, base)) == (
+        "recipe.slices[0].sources[0]: `layer_range: [0, 3]` goes beyond the 2 layers of `a`",
+        "Its last layer is 1; `[0, 2]` takes all of them.",
     )
 
 

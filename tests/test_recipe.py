@@ -577,7 +577,7 @@ LISTS_LINEAR = "`streammerge methods linear` lists its parameters."
         ("merge_method: linear\nmodels: a\n", "2: `models` is the text `a`, expected a list of models", None),
         (
             "merge_method: linear\nmodels: [a]\n",
-            "2: `models[0]` is the text `a`, expected a mapping with `model`, `lora` and `parameters`",
+            "2: `models[0]` is the text `a`, expected a mapping with `model`, `lora`, `parameters` and `key_map`",
             None,
         ),
         (
@@ -659,13 +659,14 @@ def test_a_setting_of_the_wrong_type_says_what_was_found_and_expected(
     [
         (
             "merge_method: linear\nmodules: {}\n",
-            "2: `modules` takes models apart in mergekit; streammerge merges whole models",
-            "List the models under `models`; one slice over all layers of each means the same.",
+            "2: `modules` merges a model's parts by recipes of their own in mergekit; streammerge has one for all",
+            "List the models under `models`, or their layers under `slices`; "
+            "`rules` treat tensors differently by name.",
         ),
         (
             LINEAR.replace("org/b", "org/b\n    layer_range: [0, 8]"),
-            "4: `layer_range` takes models apart in mergekit; streammerge merges whole models",
-            "Remove it to merge all layers.",
+            "4: `layer_range` stands beside a `model` that is not a source of a slice",
+            "Remove it to merge all layers, or list the model in a slice's `sources`.",
         ),
         (
             LINEAR + "tokenizer_source: org/a\ntokenizer: {source: org/a}\n",

@@ -18,7 +18,8 @@ from streammerge import located_yaml
 from streammerge.errors import RecipeError, quoted
 from streammerge.evaluation import Evaluation, read_evaluation
 from streammerge.located_yaml import Located
-from streammerge.recipe import Recipe, contents
+from streammerge.recipe import Recipe
+from streammerge.recipe_files import contents
 from streammerge.settings import required
 
 MOST_JOBS = 10_000

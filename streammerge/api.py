@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from streammerge import devices
 from streammerge.budget import available_memory_bytes, parse_bytes
 from streammerge.checkpoint import Storage
-from streammerge.errors import StreamMergeError, quoted
+from streammerge.errors import CheckpointError, StreamMergeError, quoted
+from streammerge.fetching import Fetches, pinned
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import refuse_taken, refuse_unready
 from streammerge.plan import Plan, check_disk, make_plan
 from streammerge.recipe import Recipe
+from streammerge.storage.hub import is_hub_id
 from streammerge.storage.local import LocalStorage
+from streammerge.storage.places import Places
 
 if TYPE_CHECKING:
     from streammerge.batching import Group, Night, Outcome, Planner
@@ -66,9 +69,10 @@ def plan(
         device_bytes = devices.free_memory_bytes(device)
     else:
         device_bytes = parse_bytes(device_memory)
+    storage = storage or Places()
     return make_plan(
-        loaded,
-        storage or LocalStorage(),
+        pinned(loaded, storage),
+        storage,
         memory_bytes=None if memory is None else parse_bytes(memory),
         max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size),
         device=device,
@@ -87,6 +91,7 @@ def merge(
     as_adapter: bool = False,
     rank: int | None = None,
     resume: bool = False,
+    delete_consumed: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
 ) -> Report:
@@ -96,12 +101,13 @@ def merge(
     as_adapter  write an adapter of the recipe's base, where all experts are such adapters
     rank      the most that each of its modules has; by default what all experts have together
     resume    continue an interrupted merge of the same recipe and inputs; the bytes are the same
+    delete_consumed  delete each file that this merge fetched when all that is made of it is on the disk; never another
     progress  told the bytes read so far and in all, after each block
 
     `out` appears complete or not at all; until then `out.partial` holds what is done.
     Raises StreamMergeError, before the first byte is written wherever that is possible.
     """
-    storage = storage or LocalStorage()
+    storage = storage or Places()
     planned = plan(
         recipe,
         memory=memory,
@@ -114,17 +120,27 @@ def merge(
         return run_as_adapter(planned, os.fspath(out), storage, rank=rank, resume=resume, progress=progress)
     if rank is not None:
         raise StreamMergeError("`rank` is an adapter's", hint="Set `as_adapter`, or leave it out.")
-    return run(planned, os.fspath(out), storage, resume=resume, progress=progress)
+    return run(planned, os.fspath(out), storage, resume=resume, delete_consumed=delete_consumed, progress=progress)
 
 
-def run(planned: Plan, out: str, storage: Storage, *, resume: bool = False, progress: Progress | None = None) -> Report:
+def run(
+    planned: Plan,
+    out: str,
+    storage: Storage,
+    *,
+    resume: bool = False,
+    delete_consumed: bool = False,
+    progress: Progress | None = None,
+) -> Report:
     """Carry out a plan. See `merge`."""
     from streammerge.merging import Merging
 
     refuse_unready(planned, out, resume=resume)
+    if not resume:
+        Fetches(planned, storage, delete=delete_consumed).check_disk(out, planned.layout.total_bytes)
     devices.prepare_torch()
     # torch takes seconds to load, and everything above refuses without it
-    with Merging(planned, out, storage, resume=resume, progress=progress) as merging:
+    with Merging(planned, out, storage, resume=resume, delete_consumed=delete_consumed, progress=progress) as merging:
         for _ in merging.steps():
             pass
         return merging.publish()
@@ -171,7 +187,7 @@ def run_as_adapter(
 
 def inspect(*locations: str | os.PathLike[str], storage: Storage | None = None) -> Inspection:
     """What models hold and how they differ from the first, from headers alone."""
-    return inspect_models(storage or LocalStorage(), *(os.fspath(location) for location in locations))
+    return inspect_models(storage or Places(), *(os.fspath(location) for location in locations))
 
 
 def verify(
@@ -199,7 +215,7 @@ def verify(
 
     return check(
         os.fspath(out),
-        storage or LocalStorage(),
+        storage or Places(),
         base=None if base is None else os.fspath(base),
         inputs=inputs,
         recompute=recompute,
@@ -252,7 +268,7 @@ def batch(
     """
     from streammerge.batching import read_night, run_night
 
-    read, storage = read_night(night), storage or LocalStorage()
+    read, storage = read_night(night), storage or Places()
     planner = _planner(read, memory, device, device_memory, storage)
     return run_night(
         read,
@@ -277,7 +293,7 @@ def outline(
     from streammerge.batching import read_night
 
     read = read_night(night)
-    return outlined(read, _planner(read, memory, device, device_memory, storage or LocalStorage()))
+    return outlined(read, _planner(read, memory, device, device_memory, storage or Places()))
 
 
 def _planner(
@@ -314,6 +330,11 @@ def capture(
     """
     # torch takes seconds to load, and this refuses without it
     refuse_taken(os.fspath(out), resume=resume)
+    if is_hub_id(os.fspath(model)) and not os.path.lexists(model):
+        raise CheckpointError(
+            f"{quoted(model)} does not exist",
+            hint="A model that runs lies in a folder. To fetch one from the hub: `hf download ID --local-dir DIR`.",
+        )
     devices.prepare_torch()
     from streammerge.capturing import capture as run_capture
 
@@ -362,7 +383,7 @@ def extract(
         os.fspath(expert),
         os.fspath(base),
         os.fspath(out),
-        storage or LocalStorage(),
+        storage or Places(),
         rank=rank,
         memory_bytes=None if memory is None else parse_bytes(memory),
         resume=resume,

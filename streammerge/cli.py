@@ -21,12 +21,13 @@ import streammerge
 from streammerge import api, methods
 from streammerge.budget import format_bytes
 from streammerge.errors import StreamMergeError, escaped, quoted
+from streammerge.fetching import Fetches
 from streammerge.plan import Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
 from streammerge.solve.cost import Cost
 from streammerge.stacking import described
-from streammerge.storage.local import LocalStorage
+from streammerge.storage.places import Places
 
 if TYPE_CHECKING:
     from streammerge.batching import Group
@@ -58,6 +59,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 def cli(verbose: int) -> None:
     """Merge language-model checkpoints that do not fit in memory."""
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    if not verbose:
+        # what it says of retries would tear the progress line, and may hold signed addresses
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
 
 
@@ -71,8 +75,8 @@ Examples:
   streammerge merge --base base --expert math --expert code --method actmat out"""
 )
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] OUT")
-@click.option("--base", metavar="DIR", help="Base model, instead of a recipe.")
-@click.option("--expert", "experts", metavar="DIR", multiple=True, help="Expert, once for each.")
+@click.option("--base", metavar="MODEL", help="Base model, instead of a recipe.")
+@click.option("--expert", "experts", metavar="MODEL", multiple=True, help="Expert, once for each.")
 @click.option("--method", metavar="NAME", help="Merge method, instead of a recipe. Default: actmat.")
 @memory_option
 @shard_option
@@ -83,6 +87,11 @@ Examples:
     "--rank", type=click.IntRange(min=1), metavar="N", help="Cut that adapter's modules to N. Default: all of it."
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same inputs.")
+@click.option(
+    "--delete-consumed",
+    is_flag=True,
+    help="Delete each file that this merge fetched when all of it is merged; never one that was there before.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @json_option
 def merge(
@@ -97,6 +106,7 @@ def merge(
     as_adapter: bool,
     rank: int | None,
     resume: bool,
+    delete_consumed: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -104,7 +114,7 @@ def merge(
     if rank is not None and not as_adapter:
         raise click.UsageError("--rank is an adapter's: pass --as-adapter too")
     recipe, out = _recipe_and_out(arguments, base, experts, method)
-    storage = LocalStorage()
+    storage = Places()
     planned = api.plan(
         recipe,
         memory=memory,
@@ -119,7 +129,9 @@ def merge(
             if as_adapter:
                 report = api.run_as_adapter(planned, out, storage, rank=rank, resume=resume, progress=progress.show)
             else:
-                report = api.run(planned, out, storage, resume=resume, progress=progress.show)
+                report = api.run(
+                    planned, out, storage, resume=resume, delete_consumed=delete_consumed, progress=progress.show
+                )
     except KeyboardInterrupt as interrupt:
         partial = f"{os.path.abspath(out)}.partial"
         hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
@@ -148,10 +160,20 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what a merge would do: bytes, memory, disk."""
-    planned = api.plan(recipe, memory=memory, max_shard_size=max_shard_size, device=device, device_memory=device_memory)
+    storage = Places()
+    planned = api.plan(
+        recipe,
+        memory=memory,
+        max_shard_size=max_shard_size,
+        device=device,
+        device_memory=device_memory,
+        storage=storage,
+    )
     _warn(planned)
     needed, free = check_disk(planned, out)
-    click.echo(json.dumps(_plan_json(planned, needed, free)) if as_json else _plan_text(planned, needed, free))
+    fetch = Fetches(planned, storage).nbytes
+    figures = planned, needed, free, fetch
+    click.echo(json.dumps(_plan_json(*figures)) if as_json else _plan_text(*figures))
 
 
 @cli.command()
@@ -593,7 +615,7 @@ def _warn(planned: Plan) -> None:
         click.echo(f"warning: {warning}", err=True)
 
 
-def _plan_text(planned: Plan, needed: int, free: int) -> str:
+def _plan_text(planned: Plan, needed: int, free: int, fetch: int) -> str:
     recipe, memory = planned.recipe, planned.memory
     onto = f" onto {escaped(planned.names[0])}" if recipe.base else ""
     dtypes = Counter(step.outputs[0][1] for step in planned.steps)
@@ -608,6 +630,7 @@ def _plan_text(planned: Plan, needed: int, free: int) -> str:
         *(f"            {count} {kind} by {method}" for (method, kind), count in by_method.most_common()),
         *_vocabulary_lines(planned),
         f"  read      {format_bytes(planned.read_bytes)} from {files} files",
+        *([f"  fetch     {format_bytes(fetch)} of them first"] if fetch else []),
         f"  write     {format_bytes(needed)} to {len(planned.layout.shards)} shards; {format_bytes(free)} free",
         f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}",
         *_device_lines(planned),
@@ -630,12 +653,13 @@ def _device_lines(planned: Plan) -> list[str]:
     return [f"  device    {at_most} on {planned.device}"]
 
 
-def _plan_json(planned: Plan, needed: int, free: int) -> dict[str, Any]:
+def _plan_json(planned: Plan, needed: int, free: int, fetch: int) -> dict[str, Any]:
     return {
         "method": planned.recipe.method,
         "models": list(planned.names),
         "layers": described(planned.recipe, planned.names),
         "read_bytes": planned.read_bytes,
+        "fetch_bytes": fetch,
         "disk_needed_bytes": needed,
         "disk_free_bytes": free,
         "memory_bytes": planned.memory.peak_bytes,

@@ -177,7 +177,10 @@ def model_card(plan: Plan, library: str = "transformers") -> str:
     """README.md: what was merged, and by what recipe."""
     # one line, and text that UTF-8 holds, whatever a folder is called
     title = escaped(plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names))
-    folders = dict.fromkeys(each.location for model in plan.models for each in (model, *model.besides))
+    # a card names models on the hub without their commits: the recipe below has them
+    folders = dict.fromkeys(
+        re.sub("@[0-9a-f]{40}$", "", each.location) for model in plan.models for each in (model, *model.besides)
+    )
     models = "\n".join(f"- {json.dumps(folder)}" for folder in folders)
     text = plan.recipe.text.strip()
     # longer than any run of backticks inside, such as those of a chat template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 
@@ -15,7 +16,11 @@ def same_model(location: str, other: str | None) -> bool:
 
 def short_names(locations: list[str]) -> tuple[str, ...]:
     """As many last path components as set a location apart from the others; repeats are numbered."""
-    parts = {location: os.path.normpath(location).split(os.sep) for location in locations}
+    # of a commit as much as people write
+    parts = {
+        location: re.sub(r"(@[0-9a-f]{7})[0-9a-f]{33}$", r"\1", os.path.normpath(location)).split(os.sep)
+        for location in locations
+    }
     names: list[str] = []
     for location in locations:
         short = _shortest(location, parts)

@@ -12,6 +12,7 @@ from types import TracebackType
 from streammerge.checkpoint import Storage, changed_files
 from streammerge.device_stream import DeviceStream
 from streammerge.errors import CheckpointError, listed, quoted
+from streammerge.fetching import Fetches
 from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
 from streammerge.plan import Plan, weight_files
 from streammerge.quantised import quantised
@@ -29,6 +30,7 @@ _TELLING_BYTES = 256 << 20
 class Merging:
     """Carry out a plan step by step. Use as a context manager; leaving it early leaves what can be resumed.
 
+    delete_consumed  delete each file that this merge fetched when all that is made of it is on the disk
     progress   told the bytes read so far and in all, after each block
     workspace  to be shared with other merges, none of which is in the middle of a step; None for one of its own
     """
@@ -40,12 +42,14 @@ class Merging:
         storage: Storage,
         *,
         resume: bool = False,
+        delete_consumed: bool = False,
         progress: Callable[[int, int], None] | None = None,
         workspace: Workspace | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self._planned, self._out, self._storage = planned, out, storage
-        self._resume, self._progress, self._workspace = resume, progress, workspace
+        self._resume, self._delete = resume, delete_consumed
+        self._progress, self._workspace = progress, workspace
         self._beside = side_files(planned, storage)
         self._writing, self._reading = ExitStack(), ExitStack()
 
@@ -55,8 +59,12 @@ class Merging:
         with ExitStack() as opened:
             self._writer = opened.enter_context(Writer(self._out, planned.layout, identity, resume=self._resume))
             self._resumed = set(self._writer.checksums)
+            self._fetches = Fetches(planned, self._storage, skip=self._resumed, delete=self._delete)
+            self._fetches.check_disk(self._out, 0)
             self._stream = self._engine()
             self._reading.enter_context(self._stream)
+            # ends first: the stream's end waits for reading, and reading for what is fetched
+            self._reading.enter_context(self._fetches)
             self._writing = opened.pop_all()
         return self
 
@@ -79,6 +87,7 @@ class Merging:
         for block in quantised(self._planned, self._stream):
             ended = block.outcome is not None and block.name in ends
             self._writer.write(block)
+            self._fetches.finished(self._writer.checksums)
             if self._progress:
                 self._progress(self._stream.ahead.read_bytes, self._stream.to_read_bytes)
             if ended:
@@ -88,6 +97,7 @@ class Merging:
         """Return when all that was merged is durable. Nothing can be merged afterwards."""
         started = time.perf_counter()
         self._writer.flush()
+        self._fetches.finished(self._writer.checksums)
         self._stream.output_waited_seconds += time.perf_counter() - started
 
     def publish(self) -> Report:

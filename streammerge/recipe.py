@@ -251,6 +251,26 @@ class Recipe:
         besides = (each.beside for each in self.experts if each.beside)
         return (*([self.base] if self.base else []), *(each.location for each in self.experts), *besides)
 
+    def relocated(self, new: Mapping[str, str]) -> Recipe:
+        """The same recipe with other words for some of its `locations`."""
+
+        def moved(location: str | None) -> str | None:
+            return new.get(location, location) if location else location
+
+        experts = tuple(
+            replace(each, location=new.get(each.location, each.location), beside=moved(each.beside))
+            for each in self.experts
+        )
+        return replace(
+            self,
+            base=moved(self.base),
+            experts=experts,
+            slices=tuple(replace(each, base=moved(each.base)) for each in self.slices),
+            tokenizer_source=moved(self.tokenizer_source),
+            tokens=tuple(replace(each, model=moved(each.model)) for each in self.tokens),
+            chat_template=moved(self.chat_template),
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """Short names for messages, each different: the base's, if there is one, then the experts'."""

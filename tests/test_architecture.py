@@ -41,6 +41,7 @@ LAYERS = (
     "torch_dtypes",
     "folder",
     "tokenizer_files",
+    "fetching",
     "inspection",
     "plan",
     "stacked_config",

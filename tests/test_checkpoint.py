@@ -482,7 +482,7 @@ def test_a_missing_folder_says_how_to_fetch_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         load_checkpoint(LocalStorage(), str(tmp_path / "absent"))
     assert raised.value.message == f"`{tmp_path / 'absent'}` does not exist"
-    assert raised.value.hint == "Name a model folder. To fetch one from the hub: `hf download ID --local-dir DIR`."
+    assert raised.value.hint == "Name a model folder. A model on the hub is named `ORG/NAME`."
 
 
 def test_a_file_is_not_a_model_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Folders:
         if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
             return False
         found = self._recipe_in(folder)
-        if found == job.recipe.to_dict():
+        if found == _unpinned(job.recipe.to_dict()):
             return True
         what = "is no merge" if found is None else "is a merge of another recipe"
         raise OutputError(
@@ -83,4 +84,9 @@ class Folders:
             report = parse_report((folder / REPORT_NAME).read_text(), quoted(folder / REPORT_NAME))
         except (OSError, UnicodeDecodeError, OutputError):
             return None
-        return json.loads(json.dumps(report.get("recipe")))
+        return _unpinned(report.get("recipe"))
+
+
+def _unpinned(recipe: object) -> object:
+    """A recipe as JSON has it, models on the hub without the commits that a merge's report adds."""
+    return json.loads(re.sub(r'@[0-9a-f]{40}(?=["+])', "", json.dumps(recipe)))

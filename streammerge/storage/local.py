@@ -40,7 +40,7 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{quoted(location)} does not exist",
-                hint="Name a model folder. To fetch one from the hub: `hf download ID --local-dir DIR`.",
+                hint="Name a model folder. A model on the hub is named `ORG/NAME`.",
             ) from error
         except NotADirectoryError as error:
             raise CheckpointError(

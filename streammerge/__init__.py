@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from streammerge.api import batch, capture, evaluate, extract, inspect, merge, plan, verify
+from streammerge.api import batch, capture, diagnose, evaluate, extract, inspect, merge, plan, verify
 from streammerge.errors import StreamMergeError
 from streammerge.recipe import Recipe
 
@@ -21,6 +21,7 @@ __all__ = [
     "StreamMergeError",
     "batch",
     "capture",
+    "diagnose",
     "evaluate",
     "extract",
     "inspect",

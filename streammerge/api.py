@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from streammerge.storage.places import Places
 if TYPE_CHECKING:
     from streammerge.batching import Group, Night, Outcome, Planner
     from streammerge.capturing import Captured
+    from streammerge.diagnosis.result import Diagnosis
     from streammerge.extraction import Extraction
     from streammerge.report import Report
     from streammerge.verification import Verification
@@ -308,6 +309,53 @@ def _planner(
             recipe, memory=budget, device=device, device_memory=device_memory, storage=storage
         ),
     )
+
+
+def diagnose(
+    recipe: RecipeSource,
+    *,
+    merged: Sequence[str | os.PathLike[str]] = (),
+    memory: str | int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Diagnosis:
+    """Say where the experts of a recipe will conflict, in one pass over their weights, inside a memory budget.
+
+    recipe, memory  as for `plan`; the recipe needs a base, and its method makes no difference
+    merged          folders of finished merges of the same models, whose interference is measured too
+    out             a folder for `diagnosis.json` and `diagnosis.html`
+
+    No model is written. Raises StreamMergeError for what planning and reading refuse.
+    """
+    devices.prepare_torch()
+    from streammerge.diagnosis.run import diagnose as look
+
+    found = look(
+        Recipe.load(recipe),
+        storage or Places(),
+        merged=tuple(os.fspath(folder) for folder in merged),
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        progress=progress,
+    )
+    if out is not None:
+        from streammerge.reporting.diagnosis_page import diagnosis_page
+        from streammerge.reporting.write import write_pages
+
+        write_pages(out, {"diagnosis.json": found.to_json(), "diagnosis.html": diagnosis_page(found)})
+    return found
+
+
+def report(*outs: str | os.PathLike[str], page: str | os.PathLike[str]) -> str:
+    """Write a page about a merged folder, or one that compares several, to the file `page`, which is returned.
+
+    It opens without a network and holds no script. Raises OutputError for a folder without a sound `streammerge.json`,
+    for `results*.json` that are not what `streammerge.reporting.facts` describes, and where `page` cannot be written.
+    """
+    from streammerge.reporting.write import report_page, write_page
+
+    write_page(report_page(outs), page)
+    return os.fspath(page)
 
 
 def capture(

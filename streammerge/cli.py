@@ -22,6 +22,7 @@ from streammerge import api, methods
 from streammerge.budget import format_bytes
 from streammerge.errors import StreamMergeError, escaped, quoted
 from streammerge.fetching import Fetches
+from streammerge.page_commands import diagnose, report
 from streammerge.plan import Plan, check_disk
 from streammerge.progress import ProgressLine
 from streammerge.recipe import Recipe
@@ -127,9 +128,9 @@ def merge(
     try:
         with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
             if as_adapter:
-                report = api.run_as_adapter(planned, out, storage, rank=rank, resume=resume, progress=progress.show)
+                done = api.run_as_adapter(planned, out, storage, rank=rank, resume=resume, progress=progress.show)
             else:
-                report = api.run(
+                done = api.run(
                     planned, out, storage, resume=resume, delete_consumed=delete_consumed, progress=progress.show
                 )
     except KeyboardInterrupt as interrupt:
@@ -137,9 +138,9 @@ def merge(
         hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
         raise click.Abort(*([hint] if os.path.isdir(partial) else [])) from interrupt
     if as_json:
-        click.echo(json.dumps(report.totals()))
+        click.echo(json.dumps(done.totals()))
     else:
-        click.echo(report.summary(), err=True)
+        click.echo(done.summary(), err=True)
 
 
 @cli.command()
@@ -478,6 +479,10 @@ def extract(
         click.echo(json.dumps(found.totals()))
     else:
         click.echo(found.summary(), err=True)
+
+
+cli.add_command(report)
+cli.add_command(diagnose)
 
 
 @cli.command("methods")

@@ -28,7 +28,7 @@ from streammerge.checkpoint import Storage
 from streammerge.device_deltas import DeviceDeltas
 from streammerge.device_memory import MOST_AT_ONCE, stays_whole, step_device_bytes
 from streammerge.errors import MergeError, quoted
-from streammerge.outcome import Block, Facts, Outcome, Tally, add_facts, naming, refuse_overflow
+from streammerge.outcome import Block, Facts, Tally, add_facts, naming, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
 from streammerge.schedule import Schedule
@@ -465,7 +465,7 @@ class DeviceStream:
     def _copy(self, step: Step, reader: StepReader) -> Iterator[Block]:
         """From slot to slot, without the device."""
         dtype, block = TORCH_DTYPES[step.dtype], self._schedule.block_elements(step)
-        started, outcome = time.perf_counter(), Outcome(step.name, step.method)
+        started, outcome = time.perf_counter(), Tally(step).outcome
         last = Block(step.name, 0, memoryview(b""), lambda: None)
         for number, first in enumerate(range(0, step.elements, block)):
             if number:

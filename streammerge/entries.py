@@ -71,6 +71,14 @@ def _are_facts(value: object) -> bool:
     )
 
 
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _are_numbers_or_none(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number_or_none, value))
+
+
 _NUMBER = "a finite number or null", _is_number_or_none
 _COUNT = "a count", _is_count
 OUTCOME = {
@@ -84,4 +92,8 @@ OUTCOME = {
     "non_finite": _COUNT,
     "non_finite_inputs": _COUNT,
     "seconds": ("a finite number", _is_number),
+    "kind": ("text", _is_text),
+    "shape": ("a list of sizes", _are_counts),
+    "base_norm": _NUMBER,
+    "expert_norms": ("a list of finite numbers and nulls", _are_numbers_or_none),
 }

@@ -14,6 +14,7 @@ from streammerge.device_stream import DeviceStream
 from streammerge.errors import CheckpointError, listed, quoted
 from streammerge.fetching import Fetches
 from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
+from streammerge.memory_samples import MemorySamples
 from streammerge.plan import Plan, weight_files
 from streammerge.quantised import quantised
 from streammerge.rates import Rates, save_rates
@@ -51,6 +52,7 @@ class Merging:
         self._resume, self._delete = resume, delete_consumed
         self._progress, self._workspace = progress, workspace
         self._beside = side_files(planned, storage)
+        self._memory = MemorySamples()
         self._writing, self._reading = ExitStack(), ExitStack()
 
     def __enter__(self) -> Merging:
@@ -88,6 +90,7 @@ class Merging:
             ended = block.outcome is not None and block.name in ends
             self._writer.write(block)
             self._fetches.finished(self._writer.checksums)
+            self._memory.look()
             if self._progress:
                 self._progress(self._stream.ahead.read_bytes, self._stream.to_read_bytes)
             if ended:
@@ -97,6 +100,7 @@ class Merging:
         """Return when all that was merged is durable. Nothing can be merged afterwards."""
         started = time.perf_counter()
         self._writer.flush()
+        self._memory.take()
         self._fetches.finished(self._writer.checksums)
         self._stream.output_waited_seconds += time.perf_counter() - started
 
@@ -120,6 +124,7 @@ class Merging:
             time.perf_counter() - self._started,
             memory,
             self._stream.output_waited_seconds,
+            tuple(self._memory.samples),
         )
         self._writer.publish({**self._beside, REPORT_NAME: report.to_json().encode()})
         _remember_rates(self._planned, report)
@@ -136,6 +141,7 @@ def report_of(
     wall_seconds: float,
     memory: Mapping[str, int],
     waited_for_output: float = 0.0,
+    memory_samples: tuple[tuple[float, int], ...] = (),
 ) -> Report:
     """What a merge reports of the tensors `names`, once all of them are written."""
     return Report(
@@ -162,6 +168,7 @@ def report_of(
         ),
         max_shard_bytes=planned.max_shard_bytes,
         device=planned.device,
+        memory_samples=memory_samples,
     )
 
 

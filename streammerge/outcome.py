@@ -32,6 +32,10 @@ class Outcome:
     growth         norm of the merged delta over that of the expert that changed most
     non_finite     elements of the output that `non_finite: pass` let be NaN or infinite; a copy's own do not count
     non_finite_inputs  such elements of the inputs, of which a method may leave some out
+    kind           the class of tensor that it is, a `TensorClass`'s value
+    shape          as stored
+    base_norm      norm of the base; None where nothing measured it: a copy, a merge without base, a device
+    expert_norms   norm of each expert's delta, None where it overflowed; empty where there is no base
     """
 
     name: str
@@ -44,6 +48,10 @@ class Outcome:
     non_finite: int = 0
     non_finite_inputs: int = 0
     seconds: float = 0.0
+    kind: str = ""
+    shape: list[int] = field(default_factory=list)
+    base_norm: float | None = None
+    expert_norms: list[float | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -68,13 +76,14 @@ def add_facts(facts: Facts, more: Mapping[str, float | int | str | bool]) -> Non
 
 
 class Norms:
-    """Squared norms of each expert's delta, summed block by block in float64; infinite where it overflows.
+    """Squared norms of each expert's delta and of their origin, summed block by block; infinite where they overflow.
 
     `non_finite` counts the inputs' elements of which `non_finite: pass` made none an error.
     """
 
     def __init__(self, experts: int) -> None:
         self.squared = [0.0] * experts
+        self.origin_squared = 0.0
         self.non_finite = 0
 
     @property
@@ -87,7 +96,7 @@ class Tally:
     """Sums over a tensor's blocks that its outcome is made of."""
 
     def __init__(self, step: Step) -> None:
-        self.outcome = Outcome(step.name, step.method)
+        self.outcome = Outcome(step.name, step.method, kind=step.role.kind.value, shape=list(step.shape))
         self.norms = Norms(len(step.experts))
         self._step = step
         self._merged_squared = 0.0
@@ -109,6 +118,8 @@ class Tally:
             self.outcome.growth = _ratio(norm, math.sqrt(max(self.norms.squared)))
             self.outcome.rounding_loss = _ratio(math.sqrt(self._lost_squared), norm) if norm else 0.0
             self.outcome.changed = self._changed / self._step.elements
+            self.outcome.base_norm = _finite(math.sqrt(self.norms.origin_squared)) or None
+            self.outcome.expert_norms = [_finite(math.sqrt(squared)) for squared in self.norms.squared]
         return self.outcome
 
 
@@ -168,6 +179,10 @@ def refuse_non_finite(values: Tensor, step: Step, model: str, first_element: int
         if step.passes_non_finite
         else "The checkpoint is damaged or its training diverged. Fetch it again, or leave it out.",
     )
+
+
+def _finite(norm: float) -> float | None:
+    return norm if math.isfinite(norm) else None
 
 
 def _ratio(part: float, whole: float) -> float | None:

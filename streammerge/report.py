@@ -56,6 +56,7 @@ class Report:
     experts    how many models were merged
     inputs     every model that was read, in the order of `Recipe.locations`: its location and weight files
     max_shard_bytes, device  how the output was cut, and where the arithmetic ran
+    memory_samples  of the process's anonymous memory beyond what it held when the merge began: seconds, bytes
     """
 
     out: str
@@ -72,6 +73,7 @@ class Report:
     inputs: tuple[Mapping[str, Any], ...] = ()
     max_shard_bytes: int | None = None
     device: str = "cpu"
+    memory_samples: tuple[tuple[float, int], ...] = ()
 
     @property
     def large(self) -> tuple[Outcome, ...]:
@@ -124,6 +126,7 @@ class Report:
             "max_shard_bytes": self.max_shard_bytes,
             "device": self.device,
             "memory_bytes": dict(self.memory),
+            "memory_samples": [list(sample) for sample in self.memory_samples],
             "seconds": {**asdict(self.seconds), "computing": self.seconds.computing},
             "versions": dict(self.versions),
             "tensors": [{**asdict(o), "sha256": self.checksums[o.name]} for o in self.tensors],

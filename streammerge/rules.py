@@ -276,6 +276,12 @@ def layer_position(name: str, layers: int) -> float:
     return 0.0 if parts is None else position_of(parts[1], layers)
 
 
+def split_at_layer(name: str) -> tuple[str, int | None, str]:
+    """What a name says before its layer's number, that number, and what it says after it: all of it, without one."""
+    found = _LAYER.search(name)
+    return (name[: found.start(1)], int(found[1]), name[found.end(1) + 1 :]) if found else ("", None, name)
+
+
 def position_of(layer: int, layers: int) -> float:
     """Where on a curve over the depth of `layers` layers one of them lies."""
     return min(layer / (layers - 1), 1.0) if layers > 1 else 1.0

@@ -171,7 +171,9 @@ class ElementDeltas(Deltas):
         self._measured = [False] * self.experts
         self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
-        if not math.isfinite(torch.linalg.vector_norm(self._base).item()):
+        norm = torch.linalg.vector_norm(self._base).item()
+        norms.origin_squared += norm * norm
+        if not math.isfinite(norm):
             norms.non_finite += refuse_non_finite(origin, step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
@@ -345,8 +347,10 @@ class MatrixDeltas(Deltas):
         kept = self._workspace.empty(self._step.shape, TORCH_DTYPES[entry.dtype])
         for rows, run, give_back in self._rows(0):
             kept[rows] = run
-            if not math.isfinite(torch.linalg.vector_norm(run, dtype=self.dtype).item()):
+            norm = torch.linalg.vector_norm(run, dtype=self.dtype).item()
+            if not math.isfinite(norm):
                 self._refuse(rows, run, 0)
+            self._norms[part_at(self._step, rows.start)[0]].origin_squared += norm * norm
             give_back()
         return kept
 

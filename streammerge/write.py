@@ -36,7 +36,7 @@ from streammerge.outcome import Block, Outcome
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
 
 # of the journal; raise it when what a line says, or what a merge is identified by, changes
-FORMAT = 2
+FORMAT = 3
 CONFIG = "config.json"
 # how much may be lost to a crash: tensors are made durable in groups of about this many bytes
 GROUP_BYTES = 256 << 20

@@ -268,7 +268,8 @@ JOURNAL_LINE: dict[str, Any] = {
     "outcome": {
         "name": "a", "method": "actmat", "facts": {"certificate": 1e-7, "solver": "exact", "rank": 3, "dual": True},
         "norm_ratio": 0.5, "rounding_loss": None, "changed": 1.0, "growth": 0.9, "non_finite": 0,
-        "non_finite_inputs": 0, "seconds": 0.25,
+        "non_finite_inputs": 0, "seconds": 0.25, "kind": "matrix", "shape": [8, 8], "base_norm": 2.0,
+        "expert_norms": [0.5, None],
     },
 }  # fmt: skip
 _JOURNAL = (

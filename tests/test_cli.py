@@ -30,7 +30,9 @@ from tests.models import llama_tensors, recipe_of, save_model
 from tests.stored import digests, tensors_of
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("merge", "plan", "inspect", "verify", "evaluate", "batch", "capture", "extract", "methods")
+VERBS = (
+    "merge", "plan", "inspect", "verify", "report", "diagnose", "evaluate", "batch", "capture", "extract", "methods",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def fresh_python(code: str) -> str:
 def test_the_public_names_are_these():
     assert streammerge.__all__ == [
         "Plan", "Recipe", "Report", "StreamMergeError",
-        "batch", "capture", "evaluate", "extract", "inspect", "merge", "plan", "verify",
+        "batch", "capture", "diagnose", "evaluate", "extract", "inspect", "merge", "plan", "verify",
     ]  # fmt: skip
 
 

@@ -67,7 +67,8 @@ def solve_normal_equations(
     solvers but pinv; of one expert also anchor sum) returns its change exactly, unless C_t is of other entries.
     Deltas are scaled by a power of two, so small ones do not vanish when squared. Works in `deltas.dtype`;
     notes solver, form, certificate (the estimated relative error of the solution, from one refinement step of
-    32 rows) and what it fell back to.
+    32 rows), what it fell back to, effective_rank (tr(A)²/‖A‖²) and, where all weights are 1 and C_t is of the whole
+    D_t, interference: Σ ‖(M - D_t)D_tᵀ‖² over Σ ‖D_tD_tᵀ‖² on 8 rows.
 
     Returns [out, in] in `deltas.dtype`, in the step's workspace. Raises MergeError for a NaN or an
     infinity, for ridge ≤ 0, and where A + λI stays indefinite in float64.
@@ -127,6 +128,8 @@ class _Solution:
             self.deltas.note(
                 solver=self.solver if seen.used else "none", form="none", certificate=0.0, escalation="none"
             )
+            if seen.rows and seen.used:
+                self.deltas.note(interference=0.0)
             return self._only_change(seen, formed=packed is None)
         is_dual = self.one_pass or form(len(seen.used), self.rows, seen.columns) == "dual"
         is_dual = is_dual and self.measured is None
@@ -137,6 +140,7 @@ class _Solution:
         system = (
             self._packed_system(packed, seen, is_dual) if packed else self._system(seen, self.deltas.dtype, is_dual)
         )
+        self.deltas.note(effective_rank=system.effective_rank())
         solved, escalation = self._solve(system, seen, last=not self.escalates), "none"
         if solved is None and self.escalates:
             system = self._system(seen, torch.float64, is_dual)
@@ -149,12 +153,21 @@ class _Solution:
             )
         self._note(seen, solved, is_dual, escalation)
         merged = system.merged().mul_(1.0 / seen.scale)
+        self._note_interference(system, seen, merged)
         return self._narrowed(merged, is_dual)
 
     def _survey(self) -> Survey:
         measured = self.measured
         count_columns = self.solver == "exact" and measured is None
-        seen = survey(self.deltas, self._slot, self.buffers, count_columns=count_columns, covariances=self.covariances)
+        plain = measured is None and not self.covariances.factored and self.rule.weight_exponent == 0.0
+        seen = survey(
+            self.deltas,
+            self._slot,
+            self.buffers,
+            count_columns=count_columns,
+            covariances=self.covariances,
+            sample_rows=plain and self.deltas.device.type == "cpu",
+        )
         if measured is not None and seen.used:
             # to have changed nothing counts too, on the inputs that an expert saw
             seen.identical = seen.identical and len(seen.used) == self.deltas.experts
@@ -289,6 +302,13 @@ class _Solution:
     def _lambda(self, seen: Survey) -> float:
         # where no C_t has an entry any λ leaves the anchor
         return self.rule.ridge * (self._trace(seen) or 1.0) / self.columns if self.solver == "ridge" else 0.0
+
+    def _note_interference(self, system: System, seen: Survey, merged: Tensor) -> None:
+        if seen.rows is None:
+            return
+        found = seen.rows.interference(merged, lambda change: system.covered(change).div_(seen.gram_scale))
+        if found is not None:
+            self.deltas.note(interference=found)
 
     def _note(self, seen: Survey, solved: _Solved, is_dual: bool, escalation: str) -> None:
         if solved.spectral and self.solver == "exact":

@@ -14,6 +14,7 @@ from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, NORM_PANEL
 from streammerge.solve.covariances import OWN, Own
+from streammerge.solve.objective import SampledRows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Survey:
     columns    how many columns some C_t has entries in; in, where that was not asked for
     scale      power of two that brings the deltas' root mean square to [1/2, 1)
     measured_scale  of A, where it is not made of the deltas
+    rows       of every expert, what the objective needs; None where that was not asked for
     """
 
     used: list[int] = field(default_factory=list)
@@ -38,6 +40,7 @@ class Survey:
     columns: int = 0
     scale: float = 1.0
     measured_scale: float | None = None
+    rows: SampledRows | None = None
 
     @property
     def gram_scale(self) -> float:
@@ -52,6 +55,7 @@ def survey(
     *,
     count_columns: bool = False,
     covariances: Own = OWN,
+    sample_rows: bool = False,
 ) -> Survey:
     """Look at every expert once.
 
@@ -61,7 +65,7 @@ def survey(
     Norms are summed over panels of fixed size, so they do not depend on how the experts are read.
     Raises MergeError at the first NaN or infinity.
     """
-    seen = Survey(columns=deltas.shape[1])
+    seen = Survey(columns=deltas.shape[1], rows=SampledRows(deltas) if sample_rows else None)
     largest = torch.zeros(deltas.shape[1], dtype=deltas.dtype, device=deltas.device) if count_columns else None
     for delta in deltas:
         change = delta.dense(out=slot(len(seen.used)))
@@ -75,6 +79,8 @@ def survey(
         seen.used.append(delta.index)
         seen.energy += squared
         seen.energies.append(squared)
+        if seen.rows:
+            seen.rows.add(change)
         factor = covariances.factor(change)
         seen.traces.append(squared if factor is change else squared_norm(factor, buffers))
         if largest is not None:

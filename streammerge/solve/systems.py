@@ -87,6 +87,15 @@ class System:
             return x
         return _times(x if self.roots is None else x * self.roots, self.stack)
 
+    def covered(self, x: Tensor) -> Tensor:
+        """x [r, n] · A, for weights of 1."""
+        return x @ self.gram if self.stack is None else _times(_times(x, self.stack.mT), self.stack)
+
+    def effective_rank(self) -> float:
+        """tr(A)² / ‖A‖²: over how many directions the changes spread. Before a factor takes H's memory."""
+        norm = torch.linalg.vector_norm(self.gram).item()
+        return (self.gram.diagonal().sum().item() / norm) ** 2 if norm else 0.0
+
     def certificate(self, right: Tensor, solver: Solver, ridge_lambda: float) -> float:
         """Relative size of one refinement step on the sampled rows: it estimates the error of X.
 

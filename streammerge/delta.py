@@ -54,6 +54,7 @@ class Deltas(ABC):
     whole      shape of the whole tensor, of which this may be a block
     first_element  where in the flattened whole tensor this block begins
     seed       the recipe's, for random keys
+    held       whether what is read is kept from a look to the merge, so that a look may keep something, too
     seen       what the method's look at the whole tensor found, where it asks for one
     """
 
@@ -67,6 +68,7 @@ class Deltas(ABC):
     based: bool = True
     first_element: int = 0
     seed: int = 0
+    held: bool = False
     seen: Any = None
 
     @abstractmethod

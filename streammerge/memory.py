@@ -102,7 +102,8 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool
     left = budget_bytes - reserve - workspace - _output_slots(slot_bytes) * slot_bytes
     fewest = _fewest_slots(steps)
     most = min(STAGED_INPUT_BYTES // slot_bytes, MOST_INPUT_SLOTS) if staged else MOST_INPUT_SLOTS
-    input_slots = min(max(most, fewest), left // slot_bytes)
+    kept = 0 if staged else max((_kept_bytes(step, slot_bytes) for step in steps), default=0)
+    input_slots = min(max(most, fewest), left // (slot_bytes + kept))
     if input_slots < fewest:
         return None, largest
     plan = MemoryPlan(
@@ -111,9 +112,16 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool
         input_slots=input_slots,
         output_slots=_output_slots(slot_bytes),
         workspace_bytes=workspace,
-        reserve_bytes=reserve,
+        reserve_bytes=reserve + input_slots * kept,
     )
     return plan, largest
+
+
+def _kept_bytes(step: Step, slot_bytes: int) -> int:
+    """What looks keep for each input slot: half of the slots hold a tensor between its look and its merge."""
+    if not step.kept_bytes or step.looks_at_model:
+        return 0
+    return -(-block_elements(step, slot_bytes) * len(step.experts) * step.kept_bytes // (2 * len(step.models)))
 
 
 def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
@@ -155,4 +163,5 @@ def _largest_tensor_bytes(steps: Sequence[Step]) -> int:
 def _needed_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
     workspace = 0 if staged else max(step_workspace_bytes(step, slot_bytes) for step in steps)
     slots = _output_slots(slot_bytes) + _fewest_slots(steps)
-    return _reserve_bytes(steps, slot_bytes, staged) + workspace + slots * slot_bytes
+    kept = 0 if staged else max((_kept_bytes(step, slot_bytes) for step in steps), default=0)
+    return _reserve_bytes(steps, slot_bytes, staged) + workspace + slots * slot_bytes + _fewest_slots(steps) * kept

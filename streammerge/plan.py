@@ -394,6 +394,7 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
         device_bytes=(cost.workspace_bytes if cost.device_bytes is None else cost.device_bytes) + read_beside,
         by_row=by_row,
         block_buffers=cost.block_buffers,
+        kept_bytes=cost.kept_bytes,
         passes_non_finite=passes_non_finite,
         looks_at_model=cost.looks > 0 and cost.look_scope == "model",
         beside=beside,

@@ -29,6 +29,7 @@ class Step:
     looks      passes before the merge, for what the method must know first
     by_row     blocks are whole rows of the last dimension
     looks_at_model  its looks see all such steps before the first is merged, as those of matrices do
+    kept_bytes  what its looks keep of each expert's element, see `Cost`
     block_buffers  how many buffers of a block's size a step by element or row holds
     beside     for each expert what lies beside its weights, and in which of the plan's models
     pool       matrices of one pool read the same input and are merged together; they stand side by side in a plan
@@ -58,6 +59,7 @@ class Step:
     by_row: bool = False
     looks_at_model: bool = False
     block_buffers: int = BLOCK_BUFFERS
+    kept_bytes: int = 0
     beside: tuple[tuple[int, TensorEntry] | None, ...] = ()
     pool: str | None = None
     parts: tuple[Step, ...] = ()

@@ -183,7 +183,7 @@ class Stream:
         for first, origin, moving in runs.blocks(number):
             yield ElementDeltas(
                 step, self._plan.names, origin, moving, first, self.workspace, norms,
-                self._workers, seed=self._plan.recipe.seed, beside=reader.beside(first, len(origin)),
+                self._workers, seed=self._plan.recipe.seed, held=runs.held, beside=reader.beside(first, len(origin)),
             )  # fmt: skip
             self.workspace.reset()
 
@@ -281,7 +281,7 @@ class _Runs:
     """A step's runs block by block, pass after pass; `held` takes each once and keeps it to the last pass."""
 
     def __init__(self, reader: StepReader, step: Step, block: int, *, held: bool) -> None:
-        self._reader, self._step, self._block, self._held = reader, step, block, held
+        self._reader, self._step, self._block, self.held = reader, step, block, held
         self._kept: dict[int, tuple[Tensor, Callable[[], None]]] = {}
 
     def blocks(self, number: int) -> Iterator[tuple[int, Tensor, Sequence[Tensor]]]:
@@ -290,15 +290,15 @@ class _Runs:
         blocks = -(-step.elements // self._block)
         last = number == (0 if step.looks_at_model else step.looks)
         for place in range(blocks):
-            before = 0 if self._held else number * blocks
+            before = 0 if self.held else number * blocks
             taken = [self._take((before + place) * models + model) for model in range(models)]
             origin, *moving = (run for run, _ in taken)
             yield place * self._block, origin, moving
-            for give_back in (give_back for _, give_back in taken if last or not self._held):
+            for give_back in (give_back for _, give_back in taken if last or not self.held):
                 give_back()
 
     def _take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
-        if not self._held:
+        if not self.held:
             return self._reader.take(position)
         if position not in self._kept:
             self._kept[position] = self._reader.take(position)

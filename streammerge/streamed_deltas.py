@@ -153,10 +153,11 @@ class ElementDeltas(Deltas):
         workers: Executor,
         *,
         seed: int = 0,
+        held: bool = False,
         beside: Callable[[int], Tensor | None] | None = None,
     ) -> None:
         self.name = step.name
-        self._workers = workers
+        self._workers, self.held = workers, held
         if step.by_row:
             origin, moving = origin.view(-1, step.columns), [run.view(-1, step.columns) for run in moving]
         self.shape, self.whole = tuple(origin.shape), step.shape

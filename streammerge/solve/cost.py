@@ -36,6 +36,7 @@ class Cost:
     looks         that the method's look takes before
     device_bytes  the same workspace on an accelerator, what its libraries take included; None where the
                   method does there what it does on the CPU
+    kept_bytes    what a look keeps of each expert's element for the merge, of tensors that are held meanwhile
     block_buffers how many buffers of a block's size a method by element or row holds at once
     look_scope    whether a look sees one tensor, or all tensors of the model before the first is merged, as it
                   does for methods by matrix
@@ -48,6 +49,7 @@ class Cost:
     device_bytes: int | None = None
     look_scope: Literal["tensor", "model"] = "tensor"
     block_buffers: int = BLOCK_BUFFERS
+    kept_bytes: int = 0
 
 
 def elementwise(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:

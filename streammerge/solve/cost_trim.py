@@ -14,6 +14,8 @@ EQUALS_LOOK = 1
 CRUMBS_LOOKS = CUT_LOOKS + EQUALS_LOOK
 # and one that finds what the rest must be multiplied by
 RESCALE_LOOK = 1
+# of an entry, whether it is kept
+_MASK_BYTES = 1
 
 
 def shares(value: float | Sequence[float], experts: int, name: str = "density") -> list[float]:
@@ -76,13 +78,13 @@ def breadcrumbs(shape: tuple[int, int], experts: int, parameters: Mapping[str, A
 def dare(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
     """Price of `dare_linear` and `dare_ties`."""
     drops = min(shares(parameters.get("density", 1.0), experts)) < 1.0
-    return _elementwise(shape, experts, int(drops and norm_is_kept(parameters)))
+    return _elementwise(shape, experts, int(drops and norm_is_kept(parameters)), kept_bytes=_MASK_BYTES)
 
 
 def della(shape: tuple[int, int], experts: int, parameters: Mapping[str, Any], itemsize: int) -> Cost:
     """Price of `della` and `della_linear`."""
     drops = min(spans(parameters.get("density", 1.0), parameters.get("epsilon", 0.15), experts))[0] < 1.0
-    return _elementwise(shape, experts, int(drops and norm_is_kept(parameters)))
+    return _elementwise(shape, experts, int(drops and norm_is_kept(parameters)), kept_bytes=_MASK_BYTES)
 
 
 def norm_is_kept(parameters: Mapping[str, Any]) -> bool:
@@ -90,7 +92,9 @@ def norm_is_kept(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters.get("rescale", True)) and parameters.get("rescale_by", "norm") == "norm"
 
 
-def _elementwise(shape: tuple[int, int], experts: int, looks: int, *, scope: str = "tensor") -> Cost:
+def _elementwise(
+    shape: tuple[int, int], experts: int, looks: int, *, scope: str = "tensor", kept_bytes: int = 0
+) -> Cost:
     rows, columns = shape
     return Cost(
         workspace_bytes=0,
@@ -98,5 +102,6 @@ def _elementwise(shape: tuple[int, int], experts: int, looks: int, *, scope: str
         passes=1,
         looks=looks,
         block_buffers=max(BLOCK_BUFFERS, experts + 4),
+        kept_bytes=kept_bytes if looks else 0,
         look_scope="model" if scope == "model" else "tensor",
     )

@@ -18,7 +18,7 @@ from streammerge.errors import MergeError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 
 # elements multiplied at a time: the float64 temporaries then stay in a CPU's cache; a GPU wants few launches
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17
 _DEVICE_CHUNK = 1 << 24
 _NARROW = 256
 

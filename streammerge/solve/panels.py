@@ -59,12 +59,12 @@ def gram_rows(vectors: Sequence[Tensor]) -> Tensor:
     return _over_rows(vectors, _pairs(len(vectors)), _all_products)
 
 
-def total(sums: Sequence[Tensor], name: str) -> float:
+def total(sums: Sequence[Tensor | list[float]], name: str) -> float:
     """The sum of the panel or row sums of all blocks, exactly rounded.
 
     Raises MergeError, naming the tensor `name`, where one of them is not finite: products overflow float64.
     """
-    parts = [part for block in sums for part in block.tolist()]
+    parts = [part for block in sums for part in (block if isinstance(block, list) else block.tolist())]
     if not all(map(math.isfinite, parts)):
         raise MergeError(
             f"{quoted(name)}: a weight or a change is too large to square",

@@ -10,6 +10,16 @@ from streammerge.delta import Delta, Deltas
 from streammerge.solve.election import Thin
 from streammerge.solve.panels import panel_magnitudes, row_magnitudes, total
 
+Sums = Tensor | list[float]
+
+
+def _kept(sums: Tensor) -> Sums:
+    # a small tensor that stays amid large ones that go would keep the allocator from giving their memory back
+    if sums.device.type != "cpu":
+        return sums
+    kept: list[float] = sums.tolist()
+    return kept
+
 
 class NormRatios:
     """By tensor and expert: the sum of magnitudes of a change over that of what is left of it, 1 where that is 0.
@@ -21,7 +31,7 @@ class NormRatios:
     def __init__(self, thinned: Collection[int], *, by_row: bool = False) -> None:
         self._thinned, self._block_sums = thinned, row_magnitudes if by_row else panel_magnitudes
         self._name = ""
-        self._sums: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._sums: dict[int, tuple[list[Sums], list[Sums]]] = {}
         self._ratios: dict[tuple[str, int], float] = {}
 
     def look(self, deltas: Deltas, thin: Thin) -> None:
@@ -31,8 +41,8 @@ class NormRatios:
             self.finish()
             self._name = deltas.name
 
-        def sums(delta: Delta, change: Tensor) -> tuple[Tensor, Tensor]:
-            return self._block_sums(change), self._block_sums(thin(delta, change))
+        def sums(delta: Delta, change: Tensor) -> tuple[Sums, Sums]:
+            return _kept(self._block_sums(change)), _kept(self._block_sums(thin(delta, change)))
 
         for index, pieces in enumerate(deltas.each(sums)[1]):
             if index in self._thinned:

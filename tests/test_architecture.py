@@ -13,6 +13,8 @@ LAYERS = (
     "__main__",
     "cli",
     "page_commands",
+    "night_commands",
+    "options",
     "progress",
     "lm_eval",
     "__init__",

@@ -365,6 +365,7 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
             hint="Add `base_model: DIR` to the recipe.",
         )
     stored = [entry.name for entry in entries] if inputs.part else ()
+    _refuse_number(method, name, len(entries))
     arguments = recipe.resolve(method, name, inputs.position, rule, inputs.part, stored)
     by_matrix, by_row = method.streams_by == "matrix", method.streams_by == "row"
     shape = _matrix_shape(reference, role) if by_matrix else (1, reference.elements)
@@ -398,6 +399,17 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
         passes_non_finite=passes_non_finite,
         looks_at_model=cost.looks > 0 and cost.look_scope == "model",
         beside=beside,
+    )
+
+
+def _refuse_number(method: methods.Method, tensor: str, experts: int) -> None:
+    fewest, most = method.experts
+    if fewest <= experts <= (most or experts):
+        return
+    wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most == fewest else " or more")
+    raise PlanError(
+        f"{quoted(tensor)}: {quoted(method.name)} merges {wanted}, found {experts}",
+        hint=f"List {wanted}" + (" beside `base_model`." if method.needs_base else "."),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 import streammerge
-from streammerge import memory
+from streammerge import memory, methods
 from streammerge.errors import CheckpointError, MergeError, OutputError, PlanError, RecipeError, StreamMergeError
 from streammerge.storage.local import LocalStorage
 from tests.models import llama_tensors, recipe_of, save_model, tuned
@@ -358,3 +358,15 @@ def test_a_healthy_model_is_not_refused(tmp_path):
     folders = {"base": save_model(tmp_path / "base", base), "math": save_model(tmp_path / "math", tuned(base, 1))}
     streammerge.merge(recipe_of(folders, "task_arithmetic"), tmp_path / "out")
     assert models_under(tmp_path / "out") == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("method", [name for name in methods.names() if methods.describe(name).experts != (1, None)])
+def test_a_number_of_experts_that_a_method_does_not_take_is_refused_before_anything_is_read(method, family):
+    fewest, most = methods.describe(method).experts
+    experts = [{"model": str(family[name])} for name in ("math", "code")]
+    for count in {fewest - 1, (most or fewest) + 1} - {0} - ({fewest + 1} if most is None else set()):
+        listed = (experts * 2)[:count]
+        recipe = {"merge_method": method, "base_model": str(family["base"]), "models": listed}
+        with pytest.raises(PlanError, match=f"`{method}` merges {fewest} model") as caught:
+            streammerge.plan(recipe)
+        assert "List" in str(caught.value.hint)

@@ -644,7 +644,8 @@ def test_every_method_of_the_table_can_be_planned(name: str) -> None:
     matrix = next(name for name in LLAMA if "q_proj" in name)
     rows, columns = LLAMA[matrix][1]
     data = {matrix: ("F32", (columns, columns) if beside == "covariance" else (rows, columns))}
-    models = [{"model": expert, **({beside: "data"} if beside else {})} for expert in "ab"]
+    _, most = methods.describe(name).experts
+    models = [{"model": expert, **({beside: "data"} if beside else {})} for expert in "ab"[:most]]
     plan = planned(recipe(name, models=models), family(data=data), memory=4 * GIB)
     assert name in methods_of(plan).values()
     assert [s.name for s in plan.steps if any(s.beside)] == ([matrix] if beside else [])

@@ -78,6 +78,7 @@ def merge_method(
     beside: Beside | None = None,
     thin: str | None = None,
     thin_cost: str | None = None,
+    experts: tuple[int, int | None] = (1, None),
 ) -> Callable[[Function], Function]:
     """Declare facts the planner needs about a method. Every argument must be a literal.
 
@@ -94,11 +95,12 @@ def merge_method(
     thin         "module:function" that merges low-rank changes as factors (see `solve/thin.py`), with the same settings
     thin_cost    "module:function" that prices it, or says for which settings only the function itself will do; of a
                  method by matrix, which then merges adapters so
+    experts      how many it takes: at least, and at most, or None for any number
 
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost
+    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost, experts
 
     def declared(function: Function) -> Function:
         return function
@@ -156,6 +158,7 @@ class Method:
     beside: Beside | None
     thin_path: str | None
     thin_cost_path: str | None
+    experts: tuple[int, int | None]
 
     @property
     def notes(self) -> str:
@@ -249,6 +252,7 @@ def _describe(name: str, module: str) -> Method:
         beside=facts.get("beside"),
         thin_path=facts.get("thin"),
         thin_cost_path=facts.get("thin_cost"),
+        experts=facts.get("experts", (1, None)),
     )
 
 

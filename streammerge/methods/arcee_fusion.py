@@ -17,6 +17,7 @@ from streammerge.solve.outliers import narrow_scores, scores
     paper="arXiv:2403.13257",
     needs_base=True,
     streams_by="row",
+    experts=(1, 1),
     cost="streammerge.solve.cost_geometry:quartiles",
     look="streammerge.solve.outliers:QuartileLook",
 )

@@ -20,6 +20,7 @@ _LEAST_NORMS, _POLE = 1e-6, 1e-6
     paper="arXiv:2403.19522",
     needs_base=True,
     streams_by="row",
+    experts=(2, None),
     cost="streammerge.solve.cost_geometry:model_stock",
     look="streammerge.solve.geometry:ChangeGram",
 )

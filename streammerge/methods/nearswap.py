@@ -9,7 +9,7 @@ from streammerge.methods import merge_method
 from streammerge.solve.counts import expect_experts
 
 
-@merge_method(paper="arXiv:2403.13257", needs_base=True, streams_by="element")
+@merge_method(paper="arXiv:2403.13257", needs_base=True, streams_by="element", experts=(1, 1))
 def nearswap(deltas: Deltas, *, t: float = 0.0001) -> Tensor:
     """Move each of the base's weights towards one model's, but by no more than t.
 

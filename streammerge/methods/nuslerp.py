@@ -18,6 +18,7 @@ from streammerge.solve.pair_arc import along_arc
     needs_base=False,
     takes_base=True,
     streams_by="row",
+    experts=(2, 2),
     cost="streammerge.solve.cost_geometry:nuslerp",
     look="streammerge.solve.pair_arc:PairLook",
 )

@@ -10,7 +10,7 @@ from streammerge.solve.counts import expect_experts
 from streammerge.solve.geometry import combined
 
 
-@merge_method(paper="arXiv:2403.13257", needs_base=False, streams_by="element")
+@merge_method(paper="arXiv:2403.13257", needs_base=False, streams_by="element", experts=(1, 1))
 def passthrough(deltas: Deltas, *, scale: PerExpert = 1.0) -> Tensor:
     """Take one model's weights, scaled.
 

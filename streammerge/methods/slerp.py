@@ -16,6 +16,7 @@ from streammerge.solve.geometry import NEARLY_PARALLEL, arc, combined, wedge
     paper="arXiv:2403.13257",
     needs_base=True,
     streams_by="element",
+    experts=(1, 1),
     cost="streammerge.solve.cost_geometry:weight_gram",
     look="streammerge.solve.geometry:WeightGram",
 )

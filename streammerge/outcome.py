@@ -75,16 +75,34 @@ def add_facts(facts: Facts, more: Mapping[str, float | int | str | bool]) -> Non
             facts[name] = max(known, value)
 
 
+# in place of an expert's number: the base or, without one, the first expert as it is
+ORIGIN = -1
+
+
 class Norms:
     """Squared norms of each expert's delta and of their origin, summed block by block; infinite where they overflow.
+
+    measured    elements of each expert, and of the origin, that were measured: in one pass, not in each
 
     `non_finite` counts the inputs' elements of which `non_finite: pass` made none an error.
     """
 
     def __init__(self, experts: int) -> None:
         self.squared = [0.0] * experts
+        self.measured = [0] * (experts + 1)
         self.origin_squared = 0.0
         self.non_finite = 0
+
+    def begin(self, index: int, first_element: int, elements: int) -> bool:
+        """Whether an expert, or ORIGIN, was measured whole; a pass that begins measures what was not from the start."""
+        whole = self.measured[index] >= elements
+        if first_element == 0 and not whole:
+            self.measured[index] = 0
+            if index == ORIGIN:
+                self.origin_squared = 0.0
+            else:
+                self.squared[index] = 0.0
+        return whole
 
     @property
     def mean(self) -> float:

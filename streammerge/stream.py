@@ -145,7 +145,7 @@ class Stream:
         look = self._looks.get(step.method) if step.looks_at_model else None
         passes = 0 if step.looks_at_model else step.looks
         for number in range(passes):
-            for deltas in self._blocks(step, reader, runs, number, Norms(len(step.experts))):
+            for deltas in self._blocks(step, reader, runs, number, tally.norms):
                 look = look or method.look(deltas, step.arguments)
                 look.look(number, deltas)
             if look is not None:

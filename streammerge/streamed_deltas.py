@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streammerge.checkpoint import TensorEntry
 from streammerge.delta import Delta, Deltas, Found
-from streammerge.outcome import Norms, refuse_non_finite
+from streammerge.outcome import ORIGIN, Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
 from streammerge.step import Step, matrices_of
 from streammerge.torch_dtypes import TORCH_DTYPES
@@ -169,13 +169,16 @@ class ElementDeltas(Deltas):
         self.first_element = first_element
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
         self._runs: list[Tensor | None] = [*([] if step.base else [None]), *moving]
-        self._measured = [False] * self.experts
+        # a pass before this one may have measured a whole tensor
+        self._measured = [norms.begin(index, first_element, step.elements) for index in range(self.experts)]
         self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
-        norm = torch.linalg.vector_norm(self._base).item()
-        norms.origin_squared += norm * norm
-        if not math.isfinite(norm):
-            norms.non_finite += refuse_non_finite(origin, step, names[step.models[0]], first_element)
+        if not norms.begin(ORIGIN, first_element, step.elements):
+            norm = torch.linalg.vector_norm(self._base).item()
+            norms.origin_squared += norm * norm
+            norms.measured[ORIGIN] += self._base.numel()
+            if not math.isfinite(norm):
+                norms.non_finite += refuse_non_finite(origin, step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -227,6 +230,8 @@ class ElementDeltas(Deltas):
             out.zero_()
             return 0.0, 0
         out.copy_(run[place]).sub_(self._base[place])
+        if self._measured[index]:
+            return 0.0, 0
         norm = torch.linalg.vector_norm(out).item()
         non_finite = 0
         if not math.isfinite(norm):
@@ -237,6 +242,7 @@ class ElementDeltas(Deltas):
     def _count(self, index: int, pieces: Sequence[tuple[float, int]]) -> None:
         if not self._measured[index]:
             self._measured[index] = True
+            self._norms.measured[index] += self._base.numel()
             for squared, non_finite in pieces:
                 self._norms.squared[index] += squared
                 self._norms.non_finite += non_finite

@@ -106,7 +106,8 @@ def test_a_spectral_method_does_not_depend_on_the_order_of_the_experts(function,
 def test_a_spectral_method_scales_with_the_deltas(function, factor, seed):
     changes = random(3, (9, 12), seed)
     result = merged(function, changes * factor) / factor
-    assert relative_error(result, merged(function, changes)) < 1e-9
+    # a factor that is no power of two rounds, and Grams square what that does to close singular values
+    assert relative_error(result, merged(function, changes)) < 1e-8
 
 
 @pytest.mark.parametrize("function", METHODS)

@@ -30,6 +30,7 @@ class Ran:
     peak_anonymous_bytes: int
     peak_resident_bytes: int
     samples: int
+    disk_read_bytes: int
 
     def json(self) -> dict[str, float]:
         """The JSON object on the last line of its output."""
@@ -66,6 +67,8 @@ def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) ->
             peak_anonymous_bytes=anonymous,
             peak_resident_bytes=resident,
             samples=samples,
+            # of 512 bytes, whatever the disk's are
+            disk_read_bytes=512 * usage.ru_inblock,
         )
 
 

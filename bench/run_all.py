@@ -38,7 +38,7 @@ def main() -> None:
     trim(deep_set, experts=0)
     bench("memory", *(word for name in SHALLOW for word in ("--case", name)))
     trim(model_set, experts=3)
-    for script in ("correctness", "speed", "linear_io", "readers", "checks"):
+    for script in ("correctness", "speed", "linear_io", "readers", "checks", "batch"):
         bench(script)
     trim(model_set, experts=0)
     bench("moe")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +90,18 @@ class Deltas(ABC):
     def beside(self, index: int) -> Tensor | None:
         """What the recipe gives beside expert `index` for this tensor: a covariance, a diagonal. None without."""
         return None
+
+    def recall(self, key: Hashable) -> Any | None:
+        """What another merge of these experts kept under `key`; nothing of them is read then. None without."""
+        return None
+
+    def keep(self, key: Hashable, nbytes: int, make: Callable[[Callable[[Tensor], Tensor]], Any]) -> bool:
+        """Keep for other merges of these experts what `make` makes; whether there are any, and room.
+
+        nbytes  what its tensors take
+        make    is given a function that copies a tensor to where it stays
+        """
+        return False
 
     def each(self, work: Callable[[Delta, Tensor], Found]) -> tuple[list[Tensor], list[list[Found]]]:
         """Form every expert's change and let `work` see it, and change it in place, piece by piece.

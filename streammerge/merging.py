@@ -19,6 +19,7 @@ from streammerge.plan import Plan, weight_files
 from streammerge.quantised import quantised
 from streammerge.rates import Rates, save_rates
 from streammerge.readahead import ReadAhead
+from streammerge.remembered import Remembered
 from streammerge.report import Report, Seconds
 from streammerge.stream import Stream
 from streammerge.workspace import Workspace
@@ -34,6 +35,7 @@ class Merging:
     delete_consumed  delete each file that this merge fetched when all that is made of it is on the disk
     progress   told the bytes read so far and in all, after each block
     workspace  to be shared with other merges, none of which is in the middle of a step; None for one of its own
+    remembered  what merges of the same models leave to each other; None where there is only this one
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class Merging:
         delete_consumed: bool = False,
         progress: Callable[[int, int], None] | None = None,
         workspace: Workspace | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self._planned, self._out, self._storage = planned, out, storage
         self._resume, self._delete = resume, delete_consumed
-        self._progress, self._workspace = progress, workspace
+        self._progress, self._workspace, self._remembered = progress, workspace, remembered
         self._beside = side_files(planned, storage)
         self._memory = MemorySamples()
         self._writing, self._reading = ExitStack(), ExitStack()
@@ -80,7 +83,13 @@ class Merging:
 
     def _engine(self) -> Stream | DeviceStream:
         if self._planned.device_memory is None:
-            return Stream(self._planned, self._storage, skip=self._resumed, workspace=self._workspace)
+            return Stream(
+                self._planned,
+                self._storage,
+                skip=self._resumed,
+                workspace=self._workspace,
+                remembered=self._remembered,
+            )
         return DeviceStream(self._planned, self._storage, skip=self._resumed)
 
     def steps(self) -> Iterator[str]:

@@ -22,6 +22,7 @@ from streammerge.delta import Deltas
 from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, bytes_of
+from streammerge.remembered import Remembered
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step, matrices_of
 from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader, compute_dtype
@@ -40,13 +41,20 @@ class Stream:
 
     skip       tensors that need no merging because an earlier run finished them
     workspace  to be shared with other streams, none of which is in the middle of a step; None for one of its own
+    remembered  what streams of the same models leave to each other; None where there is only this one
 
     Use as a context manager: leaving it, however, stops the reading thread and closes every file.
     Raises MergeError naming tensor and expert, and whatever reading raised.
     """
 
     def __init__(
-        self, plan: Plan, storage: Storage, *, skip: Container[str] = (), workspace: Workspace | None = None
+        self,
+        plan: Plan,
+        storage: Storage,
+        *,
+        skip: Container[str] = (),
+        workspace: Workspace | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self._plan = plan
         self._schedule = Schedule(plan, skip)
@@ -56,6 +64,7 @@ class Stream:
         self._settings = ExitStack()
         self.output_waited_seconds = 0.0
         self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
+        self._remembered = remembered
         self._threads = thread_limit()
         self._workers = _workers(self._threads)
         self._output: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
@@ -209,7 +218,7 @@ class Stream:
     def _matrix(self, step: Step, reader: StepReader, block: int, norms: Sequence[Norms]) -> MatrixDeltas:
         return MatrixDeltas(
             step, self._plan.names, reader, self._schedule.sources(step).blocks(block), self.workspace, norms,
-            seed=self._plan.recipe.seed, beside=reader.beside(0),
+            seed=self._plan.recipe.seed, beside=reader.beside(0), remembered=self._remembered,
         )  # fmt: skip
 
     def _thin(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from streammerge.checkpoint import TensorEntry
 from streammerge.delta import Delta, Deltas, Found
 from streammerge.outcome import ORIGIN, Norms, refuse_non_finite
 from streammerge.readahead import ReadAhead, Request, Slot, cut
+from streammerge.remembered import Remembered
 from streammerge.step import Step, matrices_of
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
@@ -273,6 +275,8 @@ class MatrixDeltas(Deltas):
 
     A matrix stored [in, out] is seen transposed. As many iterations as `reader` has passes were read ahead;
     further ones are read when asked for. Squares are added to `norms`: those of the step's parts, if it has any.
+
+    remembered  what other merges of the same models found, and find
     """
 
     def __init__(
@@ -286,6 +290,7 @@ class MatrixDeltas(Deltas):
         *,
         seed: int = 0,
         beside: Callable[[int], Tensor | None] | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self.name = step.label
         rows, columns = step.shape
@@ -298,6 +303,7 @@ class MatrixDeltas(Deltas):
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
         self._reader, self._blocks = reader, blocks
         self._moving = len(step.models) - 1
+        self._remembered = remembered
         self._measured = [False] * self.experts
         self._passes = 0
         self._delta: Tensor | None = None
@@ -318,6 +324,27 @@ class MatrixDeltas(Deltas):
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self._workspace.empty(shape, dtype or self.dtype)
+
+    def recall(self, key: Hashable) -> Any | None:
+        found = self._remembered.recall(self._subject(), key) if self._remembered else None
+        if found is None:
+            return None
+        finding, squared = found
+        self._measured = [True] * self.experts
+        for norms, known in zip(self._norms, squared, strict=True):
+            norms.squared[:] = known
+        return finding
+
+    def keep(self, key: Hashable, nbytes: int, make: Callable[[Callable[[Tensor], Tensor]], Any]) -> bool:
+        if self._remembered is None:
+            return False
+        squared = [list(norms.squared) for norms in self._norms]
+        return self._remembered.keep(self._subject(), key, nbytes, lambda copy: (make(copy), squared))
+
+    def _subject(self) -> object:
+        """All that decides about the deltas."""
+        parts = self._step.parts or (self._step,)
+        return [(part.models, part.base, part.experts, part.role.transposed, part.matrix) for part in parts]
 
     def form(self, index: int, number: int, out: Tensor | None) -> Tensor:
         """Expert `index`'s delta, read as part of pass `number`."""

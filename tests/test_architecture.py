@@ -42,6 +42,7 @@ LAYERS = (
     "thin_steps",
     "streamed_deltas",
     "outcome",
+    "remembered",
     "readahead",
     "torch_dtypes",
     "folder",

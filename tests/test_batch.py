@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from streammerge.batching import read_night
 from streammerge.batching.keeping import Folders
 from streammerge.batching.ledger import Ledger
 from streammerge.errors import EvaluationError, OutputError, RecipeError
+from streammerge.solve import normal_equations, systems
+from streammerge.solve.systems import System
 from streammerge.storage.shared import CHUNK_BYTES, SharedStorage
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 from tests.stored import MemoryStorage, digests
@@ -65,6 +69,42 @@ def test_every_merge_of_a_batch_is_what_it_is_alone(family, tmp_path):
     for job in read_night(path).jobs:
         streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
         assert digests(tmp_path / "night" / job.name) == digests(tmp_path / "alone" / job.name)
+
+
+def test_jobs_that_differ_in_the_ridge_alone_form_one_system_of_each_matrix(family, tmp_path, monkeypatch):
+    formed: list[str] = []
+
+    def counted(function: Callable[..., System]) -> Callable[..., System]:
+        def call(*arguments: Any, **more: Any) -> System:
+            formed.append(function.__name__)
+            return function(*arguments, **more)
+
+        return call
+
+    for form in (systems.primal, systems.dual):
+        monkeypatch.setattr(normal_equations, form.__name__, counted(form))
+    path = write_night(tmp_path, [grid(family)])
+    assert not api.batch(path).failed
+    together = len(formed)
+    for job in read_night(path).jobs:
+        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
+    # two methods of three ridges each
+    assert len(formed) - together == 3 * together
+    assert set(formed) == {"primal", "dual"}
+
+
+def test_a_report_does_not_tell_whether_another_merge_had_formed_the_system(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)])
+    api.batch(path)
+    for job in read_night(path).jobs:
+        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
+        together, alone = (
+            json.loads((tmp_path / folder / job.name / "streammerge.json").read_text())["tensors"]
+            for folder in ("night", "alone")
+        )
+        for tensor in (*together, *alone):
+            del tensor["seconds"]
+        assert together == alone
 
 
 def test_jobs_of_the_same_models_read_them_once(family, tmp_path, monkeypatch):

@@ -169,8 +169,8 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
 
 
 SCRIPTS = (
-    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "moe", "run_all",
-    "gpu",
+    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "moe", "batch",
+    "run_all", "gpu",
 )  # fmt: skip
 
 

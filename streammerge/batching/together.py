@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 SHARE_BYTES = 64 << 20
 # at most this share of what steps leave of the budget goes to slots; the rest keeps what was read for the next merge
 _SLOTS_SHARE = 0.5
+# of what is kept: the rest is what was read
+_FOUND_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Jobs that run together, each with its plan.
 
-    kept_bytes  memory for what one of them read, until the others have read it; 0 for a job alone
+    kept_bytes  memory for what one of them read or found, until the others have had it; 0 for a job alone
     """
 
     jobs: tuple[Job, ...]
@@ -120,9 +122,12 @@ def merge_together(
     devices.prepare_torch()
     # torch takes seconds to load, and planning refuses without it
     from streammerge.merging import Merging
+    from streammerge.remembered import Remembered
     from streammerge.workspace import Workspace
 
-    shared: Storage = SharedStorage(storage, group.kept_bytes) if group.kept_bytes else storage
+    found_bytes = int(_FOUND_SHARE * group.kept_bytes)
+    shared: Storage = SharedStorage(storage, group.kept_bytes - found_bytes) if group.kept_bytes else storage
+    remembered = Remembered(found_bytes) if found_bytes else None
     workspace = Workspace(max(each.memory.workspace_bytes for each in group.plans))
     sums = _Sums(progress)
     under_way: dict[str, tuple[Job, Merging, Iterator[str]]] = {}
@@ -138,7 +143,13 @@ def merge_together(
             try:
                 refuse_unready(planned, place(job), resume=True)
                 merging = Merging(
-                    planned, place(job), shared, resume=True, progress=sums.of(job.name), workspace=workspace
+                    planned,
+                    place(job),
+                    shared,
+                    resume=True,
+                    progress=sums.of(job.name),
+                    workspace=workspace,
+                    remembered=remembered,
                 )
                 merging.__enter__()
             except StreamMergeError as error:

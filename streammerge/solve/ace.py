@@ -161,11 +161,11 @@ class _Ace:
             seen,
             torch.float64,
             self.buffers,
-            ridge_lambda=ridge_lambda,
             anchored=True,
+            pulled=True,
             terms=terms,
             formed=False,
-        )
+        ).pull_(ridge_lambda)
 
     def _before_refinement(self, system: System, ridge_lambda: float, prior: float) -> Tensor:
         """N (P + 1c)⁻¹, P = Σ(Σ̃_t + ε_t): by Sherman and Morrison N P⁻¹ - (N P⁻¹ 1) u / (1 + u 1), u = c P⁻¹."""

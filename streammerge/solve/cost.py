@@ -159,8 +159,10 @@ def _device_bytes(rows: int, columns: int, experts: int, system: _System, widest
 
 def _primal_elements(rows: int, columns: int, system: _System) -> int:
     # anchor, delta, right-hand side; the way to another anchor, what a covariance is made of in place of
-    # the delta; the Gram and one expert's Gram, later the factor
-    return (3 + system.to_anchor + system.shaped) * rows * columns + 2 * columns**2
+    # the delta; the Gram and one expert's Gram, later the factor, in whose place the way may lie
+    in_its_place = by_left_gram(rows, columns) and not system.measured
+    moved = (system.to_anchor or system.solver == "ridge") and not in_its_place
+    return (3 + moved + system.shaped) * rows * columns + 2 * columns**2
 
 
 def _dual_elements(rows: int, columns: int, size: int, system: _System, one_pass: bool) -> int:

@@ -41,7 +41,7 @@ def descend(deltas: Deltas, *, iterations: int, learning_rate: float) -> Tensor:
     terms = Terms(experts=len(seen.used), anchor="sum", weights=weights_by_norm(seen.energies, 1.0))
     with fast_matmul() if deltas.device.type == "cpu" else nullcontext():
         # the start is the system's anchor: what moves is the way from there
-        system = primal(deltas, seen, dtype, buffers, ridge_lambda=0.0, anchored=True, terms=terms, to_anchor=True)
+        system = primal(deltas, seen, dtype, buffers, anchored=True, terms=terms, to_anchor=True)
         target = system.right.mul_(1.0 / seen.scale)
         unit = 2.0 / (seen.gram_scale * seen.energy / len(seen.used))
         way = buffers.take("way", dtype, rows, columns).zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import EPS32, form, may_escalate
 from streammerge.solve.covariances import OWN, Measured, Own, Shaped
 from streammerge.solve.filters import Filter, cut_at, flow, largest
+from streammerge.solve.kept import KeptSystem, kept_bytes
 from streammerge.solve.packed import packed_dual, packed_primal, packed_survey
 from streammerge.solve.rule import AnchorName, Rule, SolverName
 from streammerge.solve.spectral import Equilibrated, Ridge, Spectral
@@ -122,6 +123,9 @@ class _Solution:
         self.one_pass = is_dual and self.solver != "exact" and not self.covariances.factored
 
     def merged(self) -> Tensor:
+        kept = self._recalled()
+        if kept is not None:
+            return self._finished(kept.system(self.buffers), kept.seen, kept.is_dual)
         looked = None if self.covariances.factored else packed_survey(self.deltas, self.solver)
         packed, seen = looked or (None, self._survey())
         if not seen.used or self._agreed(seen):
@@ -140,6 +144,11 @@ class _Solution:
         system = (
             self._packed_system(packed, seen, is_dual) if packed else self._system(seen, self.deltas.dtype, is_dual)
         )
+        if packed is None:
+            self._keep(system, seen, is_dual)
+        return self._finished(system, seen, is_dual)
+
+    def _finished(self, system: System, seen: Survey, is_dual: bool) -> Tensor:
         self.deltas.note(effective_rank=system.effective_rank())
         solved, escalation = self._solve(system, seen, last=not self.escalates), "none"
         if solved is None and self.escalates:
@@ -155,6 +164,23 @@ class _Solution:
         merged = system.merged().mul_(1.0 / seen.scale)
         self._note_interference(system, seen, merged)
         return self._narrowed(merged, is_dual)
+
+    @property
+    def _key(self) -> Rule | None:
+        """What a system depends on beside the experts: all but the ridge. None where it is for one merge alone."""
+        return None if self.solver != "ridge" or self.measured is not None else replace(self.rule, ridge=1.0)
+
+    def _recalled(self) -> KeptSystem | None:
+        found: KeptSystem | None = None if self._key is None else self.deltas.recall(self._key)
+        return found
+
+    def _keep(self, system: System, seen: Survey, is_dual: bool) -> None:
+        if self._key is not None:
+            self.deltas.keep(
+                self._key,
+                kept_bytes(system),
+                lambda copy: KeptSystem.of(system, seen, is_dual=is_dual, copy=copy),
+            )
 
     def _survey(self) -> Survey:
         measured = self.measured
@@ -237,8 +263,8 @@ class _Solution:
                 seen,
                 dtype,
                 self.buffers,
-                ridge_lambda=self._lambda(seen) * seen.gram_scale,
                 anchored=self.anchored,
+                pulled=self.solver == "ridge",
                 terms=terms,
                 covariances=self.covariances,
                 to_anchor=self.to_anchor and self.anchored,
@@ -260,9 +286,9 @@ class _Solution:
 
     def _solve(self, system: System, seen: Survey, *, last: bool) -> _Solved | None:
         """Leave X in `system.right`, or return None where another attempt is needed."""
-        before = system.right[system.sample()]
+        ridge_lambda = self._lambda(seen) * seen.gram_scale
+        before = system.pull_(ridge_lambda).right[system.sample()]
         if self.solver == "ridge":
-            ridge_lambda = self._lambda(seen) * seen.gram_scale
             factor = Ridge(system, ridge_lambda)
             if not factor.usable:
                 return None

@@ -8,11 +8,13 @@ is its anchor; in the dual form, where products cost less, λ drops out of Y. Θ
 
 In general A = Σ w_t F_tᵀF_t, F_t being D_t itself or what a covariance is made of instead, and Θ₀ = Σ a_t D_t
 is what is kept where A says nothing: `terms` and `covariances`. The primal Y then is Σ w_t (D_t - Θ) F_tᵀF_t +
-λ(Θ₀ - Θ), or, with `to_anchor`, Θ itself becomes Θ₀ afterwards: what a filter other than λ's needs.
+λ(Θ₀ - Θ), whose second part is added when λ is known: all else serves many λ. Or, with `to_anchor`, Θ itself
+becomes Θ₀ afterwards: what a filter other than λ's needs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +48,7 @@ class System:
     stack    [k, n]  S of the dual form, else None; float16 where it comes packed
     buffers  where more memory comes from
     roots    [k]     √w_t of each row of the stack that it does not hold itself; None where all are 1
+    way      [m, n]  Θ₀ - Θ, in the spare's memory where it fits; None where λ does not pull
 
     All others are in one dtype, and all are multiplied by the survey's scale.
     """
@@ -57,6 +60,14 @@ class System:
     stack: Tensor | None
     buffers: Buffers
     roots: Tensor | None = None
+    way: Tensor | None = None
+
+    def pull_(self, ridge_lambda: float) -> System:
+        """Add λ's part to Y. Before a factor takes the spare's memory."""
+        if self.way is not None:
+            self.right.add_(self.way, alpha=ridge_lambda)
+            self.way = None
+        return self
 
     def weighted_(self, terms: Terms) -> System:
         """Give the dual form its weights: S's rows count √w_t, in H and Y, but stay as they are."""
@@ -132,8 +143,8 @@ def primal(
     dtype: torch.dtype,
     buffers: Buffers,
     *,
-    ridge_lambda: float,
     anchored: bool,
+    pulled: bool = False,
     left: bool | None = None,
     terms: Terms | None = None,
     covariances: Own = OWN,
@@ -143,8 +154,9 @@ def primal(
     """Read the experts again and add up A and Y.
 
     Each product by the cheaper of E (DᵀD) and (E Dᵀ) D unless `left` says. `anchored` takes the first
-    used expert's change for Θ, which the survey left in buffer "anchor" if `formed`; else Θ is zero, and λ has to be.
-    Without `terms` Θ₀ is the mean and all weights are 1. `to_anchor` moves Θ on to Θ₀, where λ has to be zero.
+    used expert's change for Θ, which the survey left in buffer "anchor" if `formed`; else Θ is zero.
+    Without `terms` Θ₀ is the mean and all weights are 1. `pulled` leaves Y to be pulled by λ; `to_anchor`
+    moves Θ on to Θ₀.
     """
     rows, columns = deltas.shape
     left = (by_left_gram(rows, columns) if left is None else left) and not covariances.given
@@ -156,12 +168,15 @@ def primal(
     right = buffers.take("right", dtype, rows, columns).zero_()
     gram = buffers.take("gram", dtype, columns, columns).zero_()
     spare = buffers.take("spare", dtype, columns, columns)
-    way = buffers.take("way", dtype, rows, columns).zero_() if to_anchor else None
+    way: Tensor | None = None
+    if pulled or to_anchor:
+        # products by the left need no memory for a Gram of their own
+        way = buffers.take("spare" if left else "way", dtype, rows, columns).zero_()
     for delta in deltas:
         if delta.index not in seen.used:
             continue
         number = seen.used.index(delta.index)
-        weight, pull = terms.weight(number), terms.pull(number, ridge_lambda)
+        weight, share = terms.weight(number), terms.share(number)
         if anchored and number == 0:
             if dtype != deltas.dtype or not formed:
                 delta.dense(out=anchor)
@@ -176,31 +191,34 @@ def primal(
         delta.dense(out=change).mul_(seen.scale)
         if left:
             factor = covariances.factor(change)
-            if weight == 1.0:
-                add_gram_(gram, factor)
-            else:
-                gram.add_(add_gram_(spare.zero_(), factor), alpha=weight)
-            _add_by_left_gram(right, change, factor, anchor, weight, pull, buffers)
+            _add_by_left_gram(right, way, change, factor, anchor, weight, share, buffers)
+            add_gram_(gram, factor if weight == 1.0 else factor.mul_(math.sqrt(weight)))
         else:
             covariances.fill_(spare, change, delta.index)
             gram.add_(spare if weight == 1.0 else spare.mul_(weight))
-            spare.diagonal().add_(pull)
             right.addmm_(change.sub_(anchor), spare)
-        if way is not None:
-            way.add_(change.sub_(anchor) if left else change, alpha=terms.share(number))
+            if way is not None:
+                way.add_(change, alpha=share)
     mirror_(gram)
-    if way is not None:
-        if anchored:
-            way.add_(anchor, alpha=terms.surplus)
+    if way is not None and anchored and terms.surplus:
+        way.add_(anchor, alpha=terms.surplus)
+    if way is not None and to_anchor:
         right.addmm_(way, gram, alpha=-1.0)
         anchor.add_(way)
-    elif anchored and ridge_lambda and terms.surplus:
-        right.add_(anchor, alpha=ridge_lambda * terms.surplus)
-    return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
+    return System(
+        anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers, way=way if pulled else None
+    )
 
 
 def _add_by_left_gram(
-    right: Tensor, change: Tensor, factor: Tensor, anchor: Tensor, weight: float, pull: float, buffers: Buffers
+    right: Tensor,
+    way: Tensor | None,
+    change: Tensor,
+    factor: Tensor,
+    anchor: Tensor,
+    weight: float,
+    share: float,
+    buffers: Buffers,
 ) -> None:
     rows, columns = change.shape
     height = min(BLOCK_ROWS, rows)
@@ -209,8 +227,10 @@ def _add_by_left_gram(
     for row in range(0, rows, BLOCK_ROWS):
         part = slice(row, min(row + BLOCK_ROWS, rows))
         off_anchor = torch.sub(change[part], anchor[part], out=block[: part.stop - row])
+        if way is not None:
+            way[part].add_(off_anchor, alpha=share)
         across = torch.mm(off_anchor, factor.mT, out=products[: part.stop - row])
-        right[part].add_(off_anchor, alpha=pull).addmm_(across, factor, alpha=weight)
+        right[part].addmm_(across, factor, alpha=weight)
 
 
 def dual(

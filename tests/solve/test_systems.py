@@ -31,7 +31,7 @@ def test_both_ways_to_the_primal_system_reach_float64_s(shape, left, anchored):
     pull = 100.0 if anchored else 0.0
     buffers = Buffers(deltas, torch.float32)
     buffers.take("anchor", torch.float32, *shape[:2]).copy_(changes[0])
-    system = primal(deltas, seen, torch.float32, buffers, ridge_lambda=pull, anchored=anchored, left=left)
+    system = primal(deltas, seen, torch.float32, buffers, anchored=anchored, pulled=anchored, left=left).pull_(pull)
     anchor = changes[0] if anchored else torch.zeros(shape[:2])
     assert torch.equal(system.anchor, anchor)
     gram, right = reference(changes, anchor, pull)
@@ -63,7 +63,7 @@ def test_identical_deltas_leave_exactly_nothing_to_correct(count):
     seen, buffers = Survey(used=list(range(count)), scale=1.0), Buffers(deltas, torch.float32)
     for left in (False, True):
         buffers.take("anchor", torch.float32, 100, 800).copy_(change)
-        system = primal(deltas, seen, torch.float32, buffers, ridge_lambda=1.0, anchored=True, left=left)
+        system = primal(deltas, seen, torch.float32, buffers, anchored=True, pulled=True, left=left).pull_(1.0)
         assert not system.right.any()
     system = dual(torch.cat([change] * count), 100, buffers, anchored=True, keep_gram=False)
     assert torch.equal(system.anchor, change)

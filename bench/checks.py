@@ -18,8 +18,14 @@ import rows
 from generate import Settings, ensure
 from unchecked import CHECKS
 
-# where the checks weigh most: one pass of cheap arithmetic, two passes with a vote, and products and a solve
-CASES = ("linear", "ties", "actmat")
+# where the checks weigh most, as method and parameters: one pass of cheap arithmetic, a vote, looks for the cuts before
+# the vote, and products and a solve
+CASES: dict[str, tuple[str, dict[str, float]]] = {
+    "linear": ("linear", {}),
+    "ties": ("ties", {}),
+    "ties-half": ("ties", {"density": 0.5}),
+    "actmat": ("actmat", {}),
+}
 CACHE = {"cold": files.make_cold, "warm": files.make_warm}
 ALL, NONE = "all checks", "no checks"
 
@@ -82,7 +88,8 @@ def main() -> None:
     inputs = files.weight_files([base, *experts])
     lines = []
     for case in given.case or CASES:
-        recipe = child.write_recipe(given.work / "checks.yaml", case, experts, base)
+        method, parameters = CASES[case]
+        recipe = child.write_recipe(given.work / "checks.yaml", method, experts, base, parameters)
         runs = measure(given, case, recipe, inputs)
         whole = median(run["seconds"] for run in runs[ALL])
         for way, every in runs.items():

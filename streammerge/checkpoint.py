@@ -303,16 +303,16 @@ def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> Ten
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise refuse(f"has the unknown dtype {quoted(dtype)}")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(_is_size(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_size, shape)):
         raise refuse("has a shape that is not a short list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise refuse("has data_offsets that are not two byte positions")
     begin, end = offsets
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != nbytes:
         raise refuse(f"spans {end - begin} bytes but {dtype} {shape} takes {nbytes}")
     # beside a zero: other readers multiply in 64 bits, and in the order of the sides
-    if math.prod(filter(None, shape)) * DTYPE_BYTES[dtype] >= 2**63:
+    if not nbytes and math.prod(filter(None, shape)) * DTYPE_BYTES[dtype] >= 2**63:
         raise refuse(f"has the shape {shape}, whose bytes no 64-bit number counts")
     return TensorEntry(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 

@@ -238,7 +238,7 @@ class DeviceStream:
         merge = self._merge_matrix if step.by_matrix else self._merge_elements
         applied = merge(task, out, squares)
         # waits for all of the above
-        sums = torch.stack([torch.stack([_sums(part) for part in parts]).sum(0) for parts in applied]).tolist()
+        sums = torch.stack([torch.stack([part.sums for part in parts]).sum(0) for parts in applied]).tolist()
         for part, (*_, bad) in zip(task.shared.parts, sums, strict=True):
             refuse_overflow(part, int(bad))
         task.shared.count(sums, squares, task, time.perf_counter() - started)
@@ -533,7 +533,7 @@ class _Shared:
     def count(
         self, sums: Sequence[Sequence[float]], squares: Sequence[Sequence[float]], task: _Task, seconds: float
     ) -> None:
-        """Add a task's results: what `_sums` says of each part, and each expert's squared norm in it."""
+        """Add a task's results: what `Applied.sums` says of each part, and each expert's squared norm in it."""
         with _COUNTING:
             for tally, (changed, merged, lost, bad), experts in zip(self.tallies, sums, squares, strict=True):
                 tally.count(changed, merged, lost)
@@ -564,9 +564,3 @@ class _Task:
     non_finite: int = 0
     pieces: bool = False
     facts: Facts = field(default_factory=dict)
-
-
-def _sums(applied: Applied) -> Tensor:
-    """Changed, merged squares, lost squares, not finite: [4] float64 on the device."""
-    counts = applied.changed.double(), applied.merged_squares, applied.lost_squares, applied.non_finite.double()
-    return torch.stack(counts)

@@ -53,8 +53,10 @@ def block_elements(step: Step, slot_bytes: int) -> int:
 
 def is_held(step: Step, slot_bytes: int, input_slots: int) -> bool:
     """Whether a step's inputs fit the slots beside as many that read ahead, so that looking costs no reading."""
+    if not step.looks or step.looks_at_model:
+        return False
     blocks = -(-step.elements // max(block_elements(step, slot_bytes), 1))
-    return step.looks > 0 and not step.looks_at_model and blocks * len(step.models) <= input_slots // 2
+    return blocks * len(step.models) <= input_slots // 2
 
 
 def step_workspace_bytes(step: Step, slot_bytes: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streammerge.checkpoint import ByteFile, Checkpoint, Storage, TensorEntry
+from streammerge.checkpoint import DTYPE_BYTES, ByteFile, Checkpoint, Storage, TensorEntry
 from streammerge.derived import DerivedEntry
 from streammerge.torch_dtypes import TORCH_DTYPES
 
@@ -41,18 +41,29 @@ class Request:
 
     @property
     def _itemsize(self) -> int:
-        return self.entry.nbytes // max(self.entry.elements, 1)
+        return DTYPE_BYTES[self.entry.dtype]
 
 
 class Slot:
-    """A reusable buffer of uint8 and what was last read into it."""
+    """A reusable buffer of uint8 and what was last read into it: `data`, 1-D in its stored dtype.
 
-    __slots__ = ("buffer", "data", "request")
+    `bytes` is all of it, for system calls.
+    """
+
+    __slots__ = ("_buffer", "_view", "_viewed", "bytes", "data", "request")
 
     def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.data: Tensor = buffer
+        self._buffer = self._view = self.data = buffer
+        self._viewed = len(buffer), torch.uint8
+        self.bytes = bytes_of(buffer)
         self.request: Request | None = None
+
+    def view(self, nbytes: int, dtype: torch.dtype) -> Tensor:
+        """Its first bytes as a 1-D tensor: the same one as before, where as many were asked for in that dtype."""
+        # making one takes longer than a small tensor's arithmetic, and runs of equal size are what most files hold
+        if self._viewed != (nbytes, dtype):
+            self._viewed, self._view = (nbytes, dtype), self._buffer[:nbytes].view(dtype)
+        return self._view
 
 
 class ReadAhead:
@@ -106,9 +117,9 @@ class ReadAhead:
         self._free.put(slot)
 
     def read_now(self, request: Request) -> Tensor:
-        """Read a run out of turn, into memory of its own; `release` when it is done with."""
+        """Read a run out of turn, into memory of its own: 1-D in its stored dtype. `release` when it is done with."""
         started = time.perf_counter()
-        data = self._fetch(request, torch.empty(request.nbytes, dtype=torch.uint8))
+        data = self._fetch(request, _slot_of(request))
         self.waited_seconds += time.perf_counter() - started
         return data
 
@@ -137,7 +148,7 @@ class ReadAhead:
                     return
                 started = time.perf_counter()
                 self._empty(slot)
-                slot.data = self._fetch(request, slot.buffer)
+                slot.data = self._fetch(request, slot)
                 slot.request = request
                 self.busy_seconds += time.perf_counter() - started
                 self.read_bytes += request.nbytes
@@ -152,28 +163,26 @@ class ReadAhead:
             return None
         return slot
 
-    def _fetch(self, request: Request, buffer: Tensor) -> Tensor:
+    def _fetch(self, request: Request, slot: Slot) -> Tensor:
+        nbytes, dtype = request.nbytes, TORCH_DTYPES[request.entry.dtype]
         if isinstance(request.entry, DerivedEntry):
-            return self._derive(request, request.entry, buffer[: request.nbytes])
-        file = self._files.of(request)
-        own = bytes_of(buffer)
-        view = file.fetch(request.offset, request.nbytes, own)
-        if view.obj is own.obj:
-            return buffer[: request.nbytes]
-        return torch.frombuffer(view, dtype=torch.uint8)
+            return self._derive(request, request.entry, slot.view(nbytes, dtype))
+        view = self._files.of(request).fetch(request.offset, nbytes, slot.bytes)
+        if view.obj is slot.bytes.obj:
+            return slot.view(nbytes, dtype)
+        return torch.frombuffer(view, dtype=torch.uint8).view(dtype)
 
-    def _derive(self, request: Request, entry: DerivedEntry, buffer: Tensor) -> Tensor:
+    def _derive(self, request: Request, entry: DerivedEntry, out: Tensor) -> Tensor:
         parts: list[Request] = []
 
         def read(part: TensorEntry, first_element: int, elements: int) -> Tensor:
             parts.append(Request(request.model, part, first_element, elements, request.last))
-            data = self._fetch(parts[-1], torch.empty(parts[-1].nbytes, dtype=torch.uint8))
-            return data.view(TORCH_DTYPES[part.dtype])
+            return self._fetch(parts[-1], _slot_of(parts[-1]))
 
-        entry.derivation.fill(entry, buffer.view(TORCH_DTYPES[entry.dtype]), request.first_element, read)
+        entry.derivation.fill(entry, out, request.first_element, read)
         for part in parts:
             self.release(part)
-        return buffer
+        return out
 
     def _empty(self, slot: Slot) -> None:
         # by this thread, so that the one that computes is not kept
@@ -201,6 +210,10 @@ class _OpenFiles:
     def close(self) -> None:
         for file in self._open.values():
             file.close()
+
+
+def _slot_of(request: Request) -> Slot:
+    return Slot(torch.empty(request.nbytes, dtype=torch.uint8))
 
 
 def bytes_of(buffer: Tensor) -> memoryview:

@@ -129,7 +129,7 @@ class Report:
             "memory_samples": [list(sample) for sample in self.memory_samples],
             "seconds": {**asdict(self.seconds), "computing": self.seconds.computing},
             "versions": dict(self.versions),
-            "tensors": [{**asdict(o), "sha256": self.checksums[o.name]} for o in self.tensors],
+            "tensors": [{**o.to_dict(), "sha256": self.checksums[o.name]} for o in self.tensors],
         }
 
     def totals(self) -> dict[str, Any]:
@@ -143,8 +143,11 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """The text of `streammerge.json`."""
-        return json.dumps(self.to_dict(), indent=1) + "\n"
+        """The text of `streammerge.json`, with a line for each tensor."""
+        table = self.to_dict()
+        # without indentation the encoder is the compiled one
+        tensors = ",\n  ".join(map(json.dumps, table.pop("tensors")))
+        return f'{json.dumps(table, indent=1)[:-2]},\n "tensors": [\n  {tensors}\n ]\n}}\n'
 
     def summary(self) -> str:
         """A few lines for people."""

@@ -171,11 +171,15 @@ _MADE_AT_LOAD = (
     # BERT and its kin, CLIP, ViT-like towers
     (re.compile(r"(?:^|\.)position_ids$"), (1, 2)),
 )
+# almost no name ends so, and a plan asks about every one
+_MADE_ENDINGS = ("inv_freq", "_cached", "bias", "position_ids")
 
 
 def is_made_at_load(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a buffer that a model computes from its config, whether or not it is stored."""
-    return any(len(shape) in dims and ending.search(name) for ending, dims in _MADE_AT_LOAD)
+    return name.endswith(_MADE_ENDINGS) and any(
+        len(shape) in dims and ending.search(name) for ending, dims in _MADE_AT_LOAD
+    )
 
 
 Owners = Callable[[Mapping[str, Any]], Mapping[str, Role]]

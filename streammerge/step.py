@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
@@ -16,7 +17,8 @@ from streammerge.solve.cost import BLOCK_BUFFERS
 COPY = "copy"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# without slots: it keeps what is computed of its fields, which each of a tensor's blocks asks for
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One tensor to merge, or to copy where `method` is "copy".
 
@@ -81,7 +83,7 @@ class Step:
         """The tensor's shape as stored."""
         return self.experts[0].shape
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """How many elements the tensor has."""
         return self.experts[0].elements
@@ -128,7 +130,7 @@ class Step:
         """Of a thin step, what is read of its experts: each one's A and B."""
         return tuple(part for expert in self.experts if isinstance(expert, DerivedEntry) for part in expert.parts[1:])
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         """Bytes of one element in the widest dtype that the step touches."""
         entries = (*self.experts, self.base) if self.base else self.experts

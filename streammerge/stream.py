@@ -21,7 +21,7 @@ from streammerge.checkpoint import Storage
 from streammerge.delta import Deltas
 from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
 from streammerge.plan import Plan
-from streammerge.readahead import ReadAhead, bytes_of
+from streammerge.readahead import ReadAhead, Slot
 from streammerge.remembered import Remembered
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step, matrices_of
@@ -67,11 +67,11 @@ class Stream:
         self._remembered = remembered
         self._threads = thread_limit()
         self._workers = _workers(self._threads)
-        self._output: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._output: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes
         memory = torch.empty(plan.memory.output_slots * slot_bytes, dtype=torch.uint8)
         for i in range(plan.memory.output_slots):
-            self._output.put(memory[i * slot_bytes : (i + 1) * slot_bytes])
+            self._output.put(Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]))
         self.ahead = ReadAhead(
             storage,
             plan.models,
@@ -247,7 +247,7 @@ class Stream:
         dtype = TORCH_DTYPES[step.dtype]
         slot = self._free_output()
         nbytes = base.numel() * dtype.itemsize
-        out = slot[:nbytes].view(dtype).view(base.shape)
+        out = slot.view(nbytes, dtype).view(base.shape)
         if merged is None:
             out.copy_(base)
             # a norm is read faster than elements are tested
@@ -270,16 +270,16 @@ class Stream:
                 name=step.name,
                 first_index=first,
                 measure=step.base is not None and tally is not None,
+                base_dtype=TORCH_DTYPES[(step.base or step.experts[0]).dtype],
             )
-            bad = int(applied.non_finite)
-            refuse_overflow(step, bad)
+            changed, merged_squares, lost_squares, bad = applied.sums.tolist()
+            refuse_overflow(step, int(bad))
             if tally is not None:
-                tally.outcome.non_finite += bad
-                tally.count(int(applied.changed), float(applied.merged_squares), float(applied.lost_squares))
-        data = bytes_of(slot)[:nbytes]
-        return Block(step.name, first * dtype.itemsize, data, lambda: self._output.put(slot))
+                tally.outcome.non_finite += int(bad)
+                tally.count(changed, merged_squares, lost_squares)
+        return Block(step.name, first * dtype.itemsize, slot.bytes[:nbytes], lambda: self._output.put(slot))
 
-    def _free_output(self) -> Tensor:
+    def _free_output(self) -> Slot:
         started = time.perf_counter()
         slot = self._output.get()
         self.output_waited_seconds += time.perf_counter() - started

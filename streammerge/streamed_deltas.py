@@ -94,11 +94,11 @@ class StepReader:
         while self._taken < min(position, len(self._planned)):
             self._skip()
         if self._taken != position or position >= len(self._planned):
-            return self._typed(request, self._ahead.read_now(request)), lambda: self._ahead.release(request)
+            return self._ahead.read_now(request), lambda: self._ahead.release(request)
         slot = self._ahead.take()
         assert slot.request == request, f"read-ahead gave {slot.request}, the step wants {request}"
         self._taken += 1
-        return self._typed(request, slot.data), lambda: self._ahead.give_back(slot)
+        return slot.data, lambda: self._ahead.give_back(slot)
 
     def beside(self, first_element: int, elements: int | None = None) -> Callable[[int], Tensor | None] | None:
         """A function that reads what lies beside an expert: a run of it, or all of it, in its shape. None without."""
@@ -111,7 +111,7 @@ class StepReader:
                 return None
             model, entry = found
             request = Request(model, entry, first_element, entry.elements if elements is None else elements, True)
-            data = self._typed(request, self._ahead.read_now(request))
+            data = self._ahead.read_now(request)
             self._ahead.release(request)
             return data.view(entry.shape) if elements is None else data
 
@@ -131,10 +131,6 @@ class StepReader:
         slot: Slot = self._ahead.take()
         self._taken += 1
         self._ahead.give_back(slot)
-
-    @staticmethod
-    def _typed(request: Request, data: Tensor) -> Tensor:
-        return data.view(TORCH_DTYPES[request.entry.dtype])
 
 
 class ElementDeltas(Deltas):

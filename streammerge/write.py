@@ -14,9 +14,9 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +41,8 @@ CONFIG = "config.json"
 # how much may be lost to a crash: tensors are made durable in groups of about this many bytes
 GROUP_BYTES = 256 << 20
 _CHECK_BYTES = 8 << 20
+# of fewer, handing them to another thread takes longer than their checksum
+_HASHED_BESIDE_BYTES = 256 << 10
 
 
 class Writer:
@@ -67,6 +69,7 @@ class Writer:
         self._above = [self.partial.parent]
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+        self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
         identity = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
         refuse_taken(self.out, resume=resume)
         with os_errors(self.partial):
@@ -268,8 +271,8 @@ class Writer:
                     started = time.perf_counter()
                     place = self._layout.placements[block.name]
                     digest = digests.setdefault(block.name, hashlib.sha256())
-                    self._files[place.shard].write(place.offset + block.offset, block.data)
-                    digest.update(block.data)
+                    with self._hashed(digest, block.data):
+                        self._files[place.shard].write(place.offset + block.offset, block.data)
                     group_bytes += len(block.data)
                     self.written_bytes += len(block.data)
                     if block.outcome is not None:
@@ -286,6 +289,20 @@ class Writer:
             self._commit(group)
         except BaseException as error:  # noqa: BLE001 - as above
             self._failure = self._failure or error
+        self._hasher.shutdown()
+
+    @contextmanager
+    def _hashed(self, digest: Any, data: memoryview) -> Iterator[None]:
+        """Take the data into a checksum beside what is done within; on leaving, however, both are done."""
+        if len(data) < _HASHED_BESIDE_BYTES:
+            digest.update(data)
+            yield
+            return
+        hashed = self._hasher.submit(digest.update, data)
+        try:
+            yield
+        finally:
+            hashed.result()
 
     def _commit(self, group: list[tuple[Outcome, str]]) -> None:
         """Make the group's bytes durable, then cite them in the journal."""
@@ -296,7 +313,7 @@ class Writer:
         group.clear()
         for number in sorted({self._layout.placements[outcome.name].shard for outcome, _ in finished}):
             self._files[number].sync()
-        self._journal.append([{"name": o.name, "sha256": checksum, "outcome": asdict(o)} for o, checksum in finished])
+        self._journal.append([{"name": o.name, "sha256": checksum, "outcome": o.to_dict()} for o, checksum in finished])
         for outcome, checksum in finished:
             self.checksums[outcome.name] = checksum
             self.outcomes[outcome.name] = outcome

@@ -14,7 +14,7 @@ import torch
 import streammerge
 from streammerge.checkpoint import Checkpoint, Storage, load_checkpoint
 from streammerge.errors import CheckpointError
-from streammerge.readahead import ReadAhead, Request, cut
+from streammerge.readahead import ReadAhead, Request, Slot, cut
 from streammerge.storage.local import LocalStorage
 from tests.models import recipe_of, save_model
 from tests.stored import MemoryStorage, digests, streammerge_threads, tensors_of
@@ -131,6 +131,21 @@ def test_closing_gives_back_what_was_read_but_never_taken(reading, storage):
     assert eventually(lambda: len(storage.noted("fetch")) == 4)
     ahead.close()
     assert sorted(storage.noted("release")) == [("release", *rest) for _, *rest in sorted(storage.noted("fetch"))]
+
+
+def test_a_slot_shows_runs_of_every_size_and_dtype_that_follow_each_other():
+    slot = Slot(torch.arange(64, dtype=torch.uint8))
+    for nbytes, dtype in (
+        (64, torch.uint8),
+        (8, torch.float32),
+        (8, torch.bfloat16),
+        (0, torch.float32),
+        (64, torch.float64),
+    ):
+        run = slot.view(nbytes, dtype)
+        assert (run.nbytes, run.dtype, run.shape) == (nbytes, dtype, (nbytes // dtype.itemsize,))
+        assert bytes(run.view(torch.uint8).numpy()) == bytes(slot.bytes[:nbytes])
+        assert slot.view(nbytes, dtype) is run
 
 
 def test_a_run_read_out_of_turn_leaves_the_order_as_it_was(reading, storage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def test_a_report_reads_back():
     assert table["totals"] == {
         "tensors": 2, "resumed_tensors": 0, "read_bytes": 3 << 20, "written_bytes": 1 << 20, "elapsed_seconds": 10.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_reports_text_is_its_values_with_a_line_for_each_tensor(count):
+    outcomes = [
+        Outcome(f't "{i}"', "linear", {"rank": i}, shape=[i, 2], expert_norms=[None, 0.5]) for i in range(count)
+    ]
+    found = report(*outcomes)
+    text = found.to_json()
+    assert json.loads(text) == found.to_dict()
+    assert [json.loads(line.strip().rstrip(",")) for line in text.splitlines() if '"sha256"' in line] == [
+        {**dataclasses.asdict(outcome), "sha256": found.checksums[outcome.name]} for outcome in outcomes
+    ]
 
 
 def test_the_summary_of_a_plain_merge_is_one_line():

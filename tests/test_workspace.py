@@ -40,6 +40,33 @@ def test_after_a_reset_the_same_memory_is_given_again():
     assert workspace.overdraft_bytes == 0
 
 
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 400)), max_size=4), max_size=12), st.integers(1, 3)
+)
+def test_steps_of_any_shapes_take_memory_of_their_own_however_few_tensors_are_kept(steps, kept):
+    workspace = Workspace(1 << 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streammerge.workspace._MOST_KEPT", kept)
+        for shapes in steps:
+            taken = [workspace.empty(shape, torch.float32).fill_(number) for number, shape in enumerate(shapes)]
+            assert [(tuple(tensor.shape), set(tensor.view(-1).tolist())) for tensor in taken] == [
+                (shape, {float(number)}) for number, shape in enumerate(shapes)
+            ]
+            workspace.reset()
+    assert workspace.overdraft_bytes == 0
+
+
+def test_a_shape_that_is_taken_again_at_its_place_is_the_same_tensor():
+    workspace = Workspace(1024)
+    first = workspace.empty((4, 4), torch.float32)
+    second = workspace.empty((4, 4), torch.float32)
+    assert first.data_ptr() != second.data_ptr()
+    workspace.reset()
+    assert workspace.empty((4, 4), torch.float32) is first
+    assert workspace.empty((4, 4), torch.bfloat16).dtype is torch.bfloat16
+    assert workspace.peak_bytes == 128
+
+
 def test_more_than_was_planned_is_still_given_and_counted():
     workspace = Workspace(128)
     workspace.empty((32,), torch.float32)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -148,6 +150,52 @@ def test_every_buffer_is_given_back_also_when_the_disk_is_full(out, failing, mon
     with pytest.raises(OutputError):
         hand_over(writer, pieces)
     assert given_back == [block.name for block in pieces]
+
+
+@pytest.mark.parametrize("beside_bytes", [1, 1 << 20], ids=["beside", "inline"])
+def test_a_checksum_is_of_the_tensors_bytes_whichever_thread_takes_it(out, monkeypatch, beside_bytes):
+    monkeypatch.setattr(write, "_HASHED_BESIDE_BYTES", beside_bytes)
+    writer = write_all(out)
+    for name, tensor in tensors_of(out).items():
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        assert writer.checksums[name] == hashlib.sha256(data).hexdigest()
+    assert streammerge_threads() == []
+
+
+def test_a_buffer_is_given_back_after_its_checksum_also_when_the_disk_is_full(out, failing, monkeypatch):
+    monkeypatch.setattr(write, "_HASHED_BESIDE_BYTES", 1)
+    events: list[str] = []
+
+    class Slow:
+        def update(self, data: memoryview) -> None:
+            time.sleep(0.05)
+            events.append(f"hashed {len(data)}")
+
+    monkeypatch.setattr(write.hashlib, "sha256", Slow)
+    writer = Writer(str(out), layout(), FINGERPRINT, resume=False)
+    failing("pwrite", errno.ENOSPC)
+    block = Block("e", 0, memoryview(bytes(256)), lambda: events.append("given back"))
+    with pytest.raises(OutputError, match="no space left"):
+        hand_over(writer, [block])
+    assert events == ["hashed 256", "given back"]
+    assert streammerge_threads() == []
+
+
+def test_a_checksum_that_fails_ends_the_merge_with_its_error(out, monkeypatch):
+    monkeypatch.setattr(write, "_HASHED_BESIDE_BYTES", 1)
+    given_back: list[str] = []
+
+    class Broken:
+        def update(self, data: memoryview) -> None:
+            raise MemoryError("no checksum")
+
+    monkeypatch.setattr(write.hashlib, "sha256", Broken)
+    writer = Writer(str(out), layout(), FINGERPRINT, resume=False)
+    with pytest.raises(MemoryError, match="no checksum"):
+        hand_over(writer, blocks({"e": TENSORS["e"]}, 256, given_back))
+    assert given_back == ["e"]
+    assert writer.checksums == {}
+    assert streammerge_threads() == []
 
 
 def test_the_journal_cites_a_tensor_only_after_its_bytes_are_durable(out, monkeypatch):

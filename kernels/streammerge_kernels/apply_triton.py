@@ -68,12 +68,11 @@ def apply_(
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
+    non_finite = counts[1].sum(dtype=torch.float64).view(1)
     if not measure:
-        none = torch.zeros((), dtype=torch.float64, device=device)
-        return Applied(none.long(), counts[1].sum(), none, none)
-    changed, non_finite = counts.sum(1)
-    merged_squares, lost_squares = squares.sum(1, dtype=torch.float64)
-    return Applied(changed, non_finite, merged_squares, lost_squares)
+        return Applied(torch.cat((non_finite.new_zeros(3), non_finite)))
+    changed = counts[0].sum(dtype=torch.float64).view(1)
+    return Applied(torch.cat((changed, squares.sum(1, dtype=torch.float64), non_finite)))
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "first_count"])

@@ -48,7 +48,7 @@ def same(left, right):
 def as_a_stream_did(base, merged, dtype, rounding):
     """The order of operations of streams before this op: their outputs must not change by a bit."""
     before = base.to(dtype)
-    norm = torch.linalg.vector_norm(merged).item()
+    norm = torch.linalg.vector_norm(merged.contiguous()).item()
     exact = merged.contiguous().add_(base)
     out = torch.empty(base.shape, dtype=dtype)
     round_to(exact, dtype, rounding=rounding, first_index=16, out=out, **KEY)
@@ -86,15 +86,43 @@ def test_every_changed_element_of_a_run_of_millions_counts_and_zeros_of_either_s
     assert applied.non_finite.item() == 3
 
 
-def test_the_reference_cut_in_chunks_is_the_reference(monkeypatch):
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_reference_cut_in_chunks_is_the_reference(monkeypatch, rounding):
     base, merged = (t.cpu() for t in operands((40, 77)))
-    outs = []
+    outs, sums = [], []
     for chunk in (apply._CHUNK, 100):
         monkeypatch.setattr(apply, "_CHUNK", chunk)
         out = torch.empty_like(base)
-        applied = apply.apply_(base, merged.clone(), out, rounding="nearest", first_index=0, **KEY)
-        outs.append((out.tolist(), applied.changed.item(), applied.lost_squares.item()))
+        applied = apply.apply_(base, merged.clone(), out, rounding=rounding, first_index=3, **KEY)
+        outs.append((out.tolist(), applied.changed.item()))
+        sums.append(applied.sums.tolist())
     assert outs[0] == outs[1]
+    assert sums[1] == pytest.approx(sums[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", named(WIDTHS))
+def test_a_base_in_a_wider_dtype_than_its_values_need_counts_the_same(dtype, rounding):
+    base, merged = (t.cpu() for t in operands((90, 70)))
+    base[0, :3] = torch.tensor([-0.0, math.nan, math.inf])
+    found = []
+    for given, known in ((base, None), (base.float(), torch.bfloat16), (base.float(), None)):
+        out = torch.empty(base.shape, dtype=dtype)
+        applied = apply.apply_(given, merged.clone(), out, rounding=rounding, first_index=0, base_dtype=known, **KEY)
+        found.append([out.nan_to_num().tolist(), applied.changed.item(), applied.non_finite.item()])
+    assert found[0] == found[1] == found[2]
+    assert found[0][2] == 2
+    assert 0 < found[0][1] < base.numel()
+
+
+@pytest.mark.parametrize("dtype", named([torch.bfloat16, torch.float16, torch.float32]))
+def test_remainders_too_large_to_square_are_no_infinities(dtype):
+    # what bfloat16 loses of it has a square beyond float32
+    huge = torch.full((40,), 6e4 if dtype is torch.float16 else 3.0001e38)
+    out = torch.empty(40, dtype=dtype)
+    applied = apply.apply_(torch.zeros(40), huge, out, rounding="nearest", first_index=0, **KEY)
+    assert out.isfinite().all()
+    assert applied.non_finite.item() == 0
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

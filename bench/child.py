@@ -22,7 +22,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """What a finished command took. Anonymous memory is sampled; the resident peak is the kernel's own."""
+    """What a finished command took. Anonymous memory is sampled; the resident peak is the kernel's own.
+
+    disk_read_bytes, disk_written_bytes  what the kernel counted: not what came from the page cache
+    """
 
     stdout: str
     elapsed_seconds: float
@@ -30,7 +33,8 @@ class Ran:
     peak_anonymous_bytes: int
     peak_resident_bytes: int
     samples: int
-    disk_read_bytes: int
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
 
     def json(self) -> dict[str, float]:
         """The JSON object on the last line of its output."""
@@ -67,8 +71,9 @@ def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) ->
             peak_anonymous_bytes=anonymous,
             peak_resident_bytes=resident,
             samples=samples,
-            # of 512 bytes, whatever the disk's are
+            # in sectors
             disk_read_bytes=512 * usage.ru_inblock,
+            disk_written_bytes=512 * usage.ru_oublock,
         )
 
 

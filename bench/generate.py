@@ -54,20 +54,16 @@ class Folder:
         path.mkdir(parents=True)
         self._places: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
-        tensors = shape.tensors()
+        tensors, sizes = shape.tensors(), shape.nbytes()
+        # what is another tensor's, too, is left out of the file by leaving a hole there
+        self._holes = any(shape.twin(name) != name for name in tensors)
         weight_map: dict[str, str] = {}
-        total = sum(_nbytes(s) for s in tensors.values())
-        groups: list[list[str]] = [[] for _ in range(shards)]
-        passed = 0
-        for name, dims in tensors.items():
-            groups[min(shards * passed // total, shards - 1)].append(name)
-            passed += _nbytes(dims)
+        groups = shape.shards(shards)
         for number, group in enumerate(groups, start=1):
-            assert group, f"{shards} shards leave one of them empty"
-            file = path / f"model-{number:05d}-of-{shards:05d}.safetensors"
+            file = path / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             self._create(file, {name: tensors[name] for name in group})
             weight_map |= dict.fromkeys(group, file.name)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         for file_name, content in {
             "model.safetensors.index.json": index,
             "config.json": shape.config(),
@@ -85,7 +81,10 @@ class Folder:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.posix_fallocate(descriptor, 0, 8 + len(text) + offset)
+        if self._holes:
+            os.truncate(descriptor, 8 + len(text) + offset)
+        else:
+            os.posix_fallocate(descriptor, 0, 8 + len(text) + offset)
         os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
         self._files.append(descriptor)
         for name, start in starts.items():
@@ -151,6 +150,8 @@ def _write(folders: list[Path], settings: Settings) -> None:
     unflushed = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, dims in shape.tensors().items():
+            if shape.twin(name) != name:
+                continue
             list(threads.map(lambda rows: _fill(models, settings, *rows), _blocks(name, dims)))
             unflushed += _nbytes(dims) * len(models)
             if unflushed > 1 << 29:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -19,9 +20,19 @@ class Shape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape, in file order."""
+        named: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for index in range(self.num_hidden_layers):
+            named |= {f"model.layers.{index}.{part}.weight": shape for part, shape in self.layer().items()}
+        return named | {
+            "model.norm.weight": (self.hidden_size,),
+            "lm_head.weight": (self.vocab_size, self.hidden_size),
+        }
+
+    def layer(self) -> dict[str, tuple[int, ...]]:
+        """One layer's tensors."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer: dict[str, tuple[int, ...]] = {
+        return {
             "input_layernorm": (hidden,),
             "self_attn.q_proj": (query, hidden),
             "self_attn.k_proj": (key, hidden),
@@ -32,10 +43,26 @@ class Shape:
             "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn),
         }
-        named: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for index in range(self.num_hidden_layers):
-            named |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
-        return named | {"model.norm.weight": (hidden,), "lm_head.weight": (self.vocab_size, hidden)}
+
+    def nbytes(self) -> dict[str, int]:
+        """Every tensor's bytes, in bfloat16."""
+        return {name: 2 * math.prod(dims) for name, dims in self.tensors().items()}
+
+    def twin(self, name: str) -> str:
+        """The tensor whose bytes are this one's, too: itself, where the file holds them."""
+        return name
+
+    def shards(self, count: int) -> list[list[str]]:
+        """The names in each of `count` files of about the same size."""
+        sizes = self.nbytes()
+        total = sum(sizes.values())
+        groups: list[list[str]] = [[] for _ in range(count)]
+        passed = 0
+        for name, nbytes in sizes.items():
+            groups[min(count * passed // total, count - 1)].append(name)
+            passed += nbytes
+        assert all(groups), f"{count} shards leave one of them empty"
+        return groups
 
     def config(self) -> dict[str, object]:
         """A config.json that transformers opens as LlamaForCausalLM."""

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,11 +20,11 @@ WORK = ROOT / ".cache" / "bench"
 PACKAGES = ("streammerge", "torch", "numpy", "safetensors", "accelerate", "transformers")
 
 
-def arguments(document: str | None) -> argparse.ArgumentParser:
+def arguments(document: str | None, sizes: Iterable[str] = tuple(SIZES), size: str = "1.1b") -> argparse.ArgumentParser:
     """A parser with the options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=(document or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="where model sets are made")
-    parser.add_argument("--size", choices=SIZES, default="1.1b", help="`tiny` tries the benchmark out")
+    parser.add_argument("--size", choices=tuple(sizes), default=size, help="`tiny` tries the benchmark out")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where rows are appended")
     return parser
 

@@ -458,6 +458,7 @@ def _plan_json(planned: Plan, needed: int, free: int, fetch: int) -> dict[str, A
         "disk_needed_bytes": needed,
         "disk_free_bytes": free,
         "memory_bytes": planned.memory.peak_bytes,
+        "expected_memory_bytes": planned.memory.expected_bytes,
         "budget_bytes": planned.memory.budget_bytes,
         "device": planned.device,
         "device_budget_bytes": planned.device_memory.budget_bytes if planned.device_memory else None,

@@ -21,13 +21,20 @@ FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
 MATRIX_RESERVE_BYTES = 128 << 20
+# what merges were seen to take of their reserve, and those of matrices further for each column or row of the longest
+# side, until all is taken: bench/growth.py
+TAKEN_RESERVE_BYTES, TAKEN_BYTES_PER_SIDE = 16 << 20, 40 << 10
 # a matrix is rounded and written block by block: sum, and two temporaries
 OUTPUT_BUFFERS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """The budget, cut up. All slots have `slot_bytes`; input slots are how far reading runs ahead."""
+    """The budget, cut up. All slots have `slot_bytes`; input slots are how far reading runs ahead.
+
+    untouched_bytes  of the peak, what is there for other merges than this one: slots that it has too few bytes to
+                     fill, and reserve
+    """
 
     budget_bytes: int
     slot_bytes: int
@@ -35,12 +42,18 @@ class MemoryPlan:
     output_slots: int
     workspace_bytes: int
     reserve_bytes: int
+    untouched_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most that will be taken at once."""
         slots = (self.input_slots + self.output_slots) * self.slot_bytes
         return slots + self.workspace_bytes + self.reserve_bytes
+
+    @property
+    def expected_bytes(self) -> int:
+        """About how much that will turn out to be."""
+        return self.peak_bytes - self.untouched_bytes
 
 
 def block_elements(step: Step, slot_bytes: int) -> int:
@@ -115,8 +128,27 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool
         output_slots=_output_slots(slot_bytes),
         workspace_bytes=workspace,
         reserve_bytes=reserve + input_slots * kept,
+        untouched_bytes=_untouched_bytes(steps, slot_bytes, input_slots, staged),
     )
     return plan, largest
+
+
+def _untouched_bytes(steps: Sequence[Step], slot_bytes: int, input_slots: int, staged: bool) -> int:
+    # the slots are used in turn, so that each is filled once before any is filled again
+    filled = sum(_runs(step, slot_bytes) for step in steps)
+    written = sum(-(-step.elements // max(block_elements(step, slot_bytes), 1)) for step in steps)
+    output_slots = _output_slots(slot_bytes)
+    slots = input_slots - min(filled, input_slots) + output_slots - min(written, output_slots)
+    if staged:
+        return slots * slot_bytes
+    longest = max((max(step.shape[-2:]) for step in steps if step.by_matrix), default=0)
+    reserve = RESERVE_BYTES + (MATRIX_RESERVE_BYTES if longest else 0)
+    return slots * slot_bytes + max(reserve - TAKEN_RESERVE_BYTES - longest * TAKEN_BYTES_PER_SIDE, 0)
+
+
+def _runs(step: Step, slot_bytes: int) -> int:
+    """How many runs a step reads, at least: those of one pass."""
+    return -(-step.elements // max(block_elements(step, slot_bytes), 1)) * len(step.models)
 
 
 def _kept_bytes(step: Step, slot_bytes: int) -> int:

@@ -17,7 +17,7 @@ from streammerge.folder import REPORT_NAME, fingerprint_of, side_files
 from streammerge.memory_samples import MemorySamples
 from streammerge.plan import Plan, weight_files
 from streammerge.quantised import quantised
-from streammerge.rates import Rates, save_rates
+from streammerge.rates import measured, save_rates
 from streammerge.readahead import ReadAhead
 from streammerge.remembered import Remembered
 from streammerge.report import Report, Seconds
@@ -213,11 +213,8 @@ def _remember_rates(planned: Plan, report: Report) -> None:
     # a resumed or tiny merge says little about this machine
     if report.resumed_tensors or planned.read_bytes < _TELLING_BYTES:
         return
-    save_rates(
-        planned.rates_key,
-        Rates(
-            report.read_bytes / max(seconds.reading, 1e-9),
-            report.written_bytes / max(seconds.writing, 1e-9),
-            planned.flops / max(seconds.computing, 1e-9),
-        ),
-    )
+    by_matrix = {step.name for step in planned.steps if step.by_matrix and not step.thin}
+    matrices = sum(outcome.seconds for outcome in report.tensors if outcome.name in by_matrix)
+    rates = measured(planned.work, seconds.reading, seconds.writing, seconds.computing, matrices)
+    for key in planned.rates_keys:
+        save_rates(key, rates)

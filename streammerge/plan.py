@@ -28,7 +28,7 @@ from streammerge.mixtures import in_layout_of
 from streammerge.models import open_model
 from streammerge.owners import roles_from_model
 from streammerge.pools import input_of
-from streammerge.rates import load_rates
+from streammerge.rates import Work, load_rates
 from streammerge.recipe import Recipe, Rule
 from streammerge.recipe_files import Past
 from streammerge.rules import Role, TensorClass, roles
@@ -36,6 +36,7 @@ from streammerge.stacked_config import config_warnings
 from streammerge.stacking import Inputs, stacked_layers, stacking_warnings, whole_models
 from streammerge.step import COPY, Step, as_stored, stacked
 from streammerge.vocabulary import VOCABULARIES_HINT, Vocabulary, differ_by_vocabulary, united
+from streammerge.work import work_of
 
 FALLBACK = "linear"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -81,16 +82,22 @@ class Plan:
         return step_workspace_bytes(step, self.memory.slot_bytes)
 
     @property
-    def rates_key(self) -> str:
-        """Which earlier merges tell how fast this one goes: those that stream as its method does, on its device."""
+    def work(self) -> Work:
+        """What its time depends on."""
+        return work_of(self.steps, self.memory, self.layout.total_bytes, resident=self.device_memory is not None)
+
+    @property
+    def rates_keys(self) -> tuple[str, str]:
+        """Which earlier merges tell how fast this one goes, on its device: by its method, or as its method streams."""
         kind = "matrix" if methods.describe(self.recipe.method).streams_by == "matrix" else "element"
-        return f"{kind} on {self.device}" if self.device_memory else kind
+        device = f" on {self.device}" if self.device_memory else ""
+        return f"{self.recipe.method}{device}", f"{kind}{device}"
 
     @property
     def predicted_seconds(self) -> float | None:
         """Wall time at the rates of earlier merges on this machine; None before the first."""
-        rates = load_rates(self.rates_key)
-        return rates.seconds(self.read_bytes, self.layout.total_bytes, self.flops) if rates else None
+        rates = load_rates(*self.rates_keys)
+        return rates.seconds(self.work) if rates else None
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change between an interrupted merge and its resumption."""

@@ -8,22 +8,56 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# what there was none of says nothing about its rate: as if it took no time
+_UNKNOWN = 1e18
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a merge has to do, as its time depends on it.
+
+    read_bytes     each as often as it is read
+    matrix_flops   arithmetic of the steps that merge matrices, in FLOPs or what takes as long
+    element_bytes  read and written by all other steps
+    """
+
+    read_bytes: int
+    write_bytes: int
+    matrix_flops: int
+    element_bytes: int
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Measured in earlier merges here: bytes per second read and written, FLOPs per second computed."""
+    """Measured in earlier merges here: bytes per second read, written, and merged by element; FLOPs per second."""
 
     read_bytes_per_second: float
     write_bytes_per_second: float
     flops_per_second: float
+    element_bytes_per_second: float
 
-    def seconds(self, read_bytes: int, write_bytes: int, flops: int) -> float:
+    def seconds(self, work: Work) -> float:
         """Predicted wall time, as if reading, computing and writing overlapped fully."""
         return max(
-            read_bytes / self.read_bytes_per_second,
-            write_bytes / self.write_bytes_per_second,
-            flops / self.flops_per_second,
+            work.read_bytes / self.read_bytes_per_second,
+            work.write_bytes / self.write_bytes_per_second,
+            work.matrix_flops / self.flops_per_second + work.element_bytes / self.element_bytes_per_second,
         )
+
+
+def measured(work: Work, reading: float, writing: float, computing: float, matrices: float) -> Rates:
+    """The rates of a merge from its seconds: of these, computing took `matrices` for the steps that merge matrices."""
+    matrices = min(matrices, computing) if work.element_bytes else computing
+    return Rates(
+        _rate(work.read_bytes, reading),
+        _rate(work.write_bytes, writing),
+        _rate(work.matrix_flops, matrices),
+        _rate(work.element_bytes, computing - matrices if work.matrix_flops else computing),
+    )
+
+
+def _rate(amount: int, seconds: float) -> float:
+    return amount / max(seconds, 1e-9) if amount else _UNKNOWN
 
 
 def rates_path() -> Path:
@@ -32,8 +66,12 @@ def rates_path() -> Path:
     return Path(cache) / "streammerge" / "rates.json"
 
 
-def load_rates(kind: str) -> Rates | None:
-    """Rates of merges of one kind ("element" or "matrix"); None when none was measured here yet."""
+def load_rates(*kinds: str) -> Rates | None:
+    """Rates of merges of the first of these kinds that was measured here; None when none was yet."""
+    return next(filter(None, map(_load, kinds)), None)
+
+
+def _load(kind: str) -> Rates | None:
     try:
         table = json.loads(rates_path().read_text())
         rates = Rates(**{key: float(value) for key, value in table[kind].items()})

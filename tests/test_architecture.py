@@ -52,6 +52,7 @@ LAYERS = (
     "plan",
     "stacked_config",
     "stacking",
+    "work",
     "device_memory",
     "memory",
     "step",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from streammerge import api
+from streammerge.checkpoint import load_checkpoint
 from streammerge.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -169,8 +173,8 @@ def test_bf16_neighbours_are_one_step_apart_across_zero(bench):
 
 
 SCRIPTS = (
-    "generate", "memory", "correctness", "speed", "linear_io", "beside_mergekit", "readers", "checks", "moe", "batch",
-    "run_all", "gpu",
+    "generate", "memory", "correctness", "speed", "linear_io", "peers", "seven", "growth", "on_paper", "readers",
+    "checks", "moe", "batch", "run_all", "gpu",
 )  # fmt: skip
 
 
@@ -260,3 +264,148 @@ def test_hollow_models_have_the_tensors_of_their_shape_and_take_no_disk(bench, t
     found = api.inspect(base).models[0]
     assert {name: entry.shape for name, entry in found.tensors.items()} == dict(shape.tensors())
     assert sum(file.stat().st_blocks * 512 for file in base.iterdir()) < 1 << 20 < found.tensor_bytes
+
+
+def ran(bench, script: str, tmp_path: Path, *options: str) -> list[dict]:
+    """The rows of a script's run at its smallest."""
+    words = ["--size", "tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), *options]
+    bench("child").run([sys.executable, str(BENCH / f"{script}.py"), *words])
+    return [json.loads(line) for line in (tmp_path / "results" / f"{script}.jsonl").read_text().splitlines()]
+
+
+def test_olmo_3_has_its_names_shapes_and_files(bench):
+    shape = bench("olmo3").SIZES["7b"]
+    sizes = shape.nbytes()
+    assert (len(sizes), sum(sizes.values()) // 2) == (355, 7_298_011_136)
+    assert [round(sum(sizes[name] for name in group) / 1e9, 2) for group in shape.shards(0)] == [4.97, 4.98, 4.64]
+    config = shape.config()
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.Olmo3ForCausalLM(transformers.Olmo3Config(**config))
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == shape.tensors()
+
+
+def test_of_olmo_3_four_layers_lie_in_the_files_and_the_others_are_read_from_them(bench, tmp_path, monkeypatch):
+    olmo3, generate, repeated = bench("olmo3"), bench("generate"), bench("repeated")
+    settings = olmo3.Olmo3Settings(size="tiny", distinct_layers=2)
+    base, *_ = generate.ensure(tmp_path / "set", settings, experts=1)
+    stored = {name for name in settings.shape().tensors() if settings.shape().twin(name) == name}
+    assert {name.split(".")[2] for name in stored if "layers" in name} == {"0", "1"}
+    assert "lm_head.weight" not in stored
+    storage = repeated.RepeatedStorage(2)
+    entries = load_checkpoint(storage, str(base)).tensors
+
+    def read(name: str) -> bytes:
+        entry, buffer = entries[name], bytearray(entries[name].nbytes)
+        file = storage.open(str(base), entry.file)
+        half = entry.nbytes // 2
+        for start, end in ((0, half), (half, entry.nbytes)):
+            file.fetch(entry.offset + start, end - start, memoryview(buffer)[start:end])
+            file.release(entry.offset + start, end - start)
+        file.close()
+        return bytes(buffer)
+
+    on_disk = contents(base)
+    for name in entries:
+        twin = settings.shape().twin(name)
+        assert read(name) == on_disk[twin].view(torch.uint8).numpy().tobytes()
+        assert bool(on_disk[name].any()) == (name in stored)
+
+
+def test_a_7b_merge_is_held_against_the_product_rate_and_its_plan(bench, tmp_path):
+    (row,) = ran(bench, "seven", tmp_path)
+    assert (row["layers"], row["distinct_layers"], row["files"]) == (4, 2, 3)
+    assert row["matrix_share_of_product_rate"] == row["matrix_flops_per_second"] / row["product_flops_per_second"] > 0
+    assert row["seconds_of_shape"]["64x64"]["tensors"] == 16
+    assert 0.0 <= row["waiting_share"] < 1.0
+    assert row["relative_error"] < 0.01
+    assert 0 < row["anonymous_above_imports_bytes"] < row["budget_bytes"]
+
+
+def test_twins_that_came_out_different_are_not_recorded(bench, tmp_path):
+    seven, shape = bench("seven"), bench("olmo3").SIZES["tiny"]
+    tensors = [{"name": name, "sha256": name} for name in shape.tensors()]
+    with pytest.raises(SystemExit, match="nothing is recorded"):
+        seven.refuse_wrong(shape, [], tmp_path, {"tensors": tensors})
+
+
+def test_growth_along_an_axis_is_measured_and_fitted(bench, tmp_path):
+    found = ran(bench, "growth", tmp_path, "--axis", "width", "--method", "linear")
+    *measured, fitted = found
+    # the start first: of its rates are the others' predictions
+    assert [row["width"] for row in measured] == [128, 64, 256]
+    assert fitted["fitted"].keys() == {"seconds", "CPU seconds", "memory"}
+    assert list((tmp_path / "work").glob("growth*")) == [tmp_path / "work" / "growth.yaml"]
+
+
+def test_the_fitted_exponent_is_the_curves_own(bench):
+    growth = bench("growth")
+    assert growth.exponent([(x, 7.0 * x**2.5) for x in (1.0, 2.0, 5.0)]) == pytest.approx(2.5)
+    start = growth.START["1.1b"]
+    assert [point.experts for point in growth.points("experts", start)] == [2, 3, 5, 8]
+    deeper, wider = growth.points("parameters", start)[2], growth.points("width", start)[2]
+    assert (deeper.depth, deeper.width, wider.depth) == (8, 4096, 4)
+
+
+def test_the_papers_formula_is_timed_beside_ours(bench, tmp_path):
+    rows = ran(bench, "peers", tmp_path, "--method", "actmat", "--method", "actmat, pinv", "--repeats", "1")
+    assert [(row["method"], row["way"]) for row in rows] == [
+        (method, way) for method in ("actmat", "actmat, pinv") for way in ("streammerge", "paper")
+    ]
+    for row in rows[1::2]:
+        assert row["seconds_over_streammerge"]["ratio"] > 0.0
+        assert row["difference"] < 0.01
+    assert "<svg" not in (tmp_path / "results" / "peers.html").read_text()
+
+
+def test_no_ratio_is_recorded_where_outputs_differ(bench, tmp_path):
+    peers, run = bench("peers"), dict.fromkeys(bench("peers").FACTS, 2.0)
+    given = argparse.Namespace(size="tiny", results=tmp_path)
+    cell = {"method": "linear", "layers": 2, "experts": 3, "parameters": 10}
+    runs = {"streammerge": [run], "mergekit": [{**run, "seconds": 6.0}], "paper": [run]}
+    lines = peers.record(given, cell, runs, {"mergekit": 0.001, "paper": 0.02})
+    assert [line[3] for line in lines] == ["-", "3.00", "differs"]
+    rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    assert ["seconds_over_streammerge" in row for row in rows] == [False, True, False]
+    # of two sizes a picture is drawn
+    peers.record(given, {**cell, "parameters": 20}, runs, {})
+    peers.pictures(tmp_path)
+    assert (tmp_path / "peers.html").read_text().count("<svg") >= 2
+
+
+def test_a_ratios_interval_holds_the_ratio_and_is_a_students(bench):
+    ratio, low, high = bench("peers").ratio_with_interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert (ratio, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    ratio, low, high = bench("peers").ratio_with_interval([1.0, 1.0], [1.0, math.e**2])
+    assert (math.log(ratio), math.log(high) - 1.0) == pytest.approx((1.0, 12.71))
+    assert bench("peers").ratio_with_interval([2.0], [3.0]) == (pytest.approx(1.5), None, None)
+
+
+def test_the_page_of_scale_is_what_its_script_writes(bench):
+    on_paper = bench("on_paper")
+    assert on_paper.PAGE.read_text() == on_paper.newest_page(BENCH / "results")
+    row = json.loads((BENCH / "results" / "on_paper.jsonl").read_text().splitlines()[-1])
+    kind, shapes = on_paper.MODELS[on_paper.CHECKED]
+    assert asdict(on_paper.need(shapes(), kind)) == row["needs"][on_paper.CHECKED]
+
+
+def test_models_on_paper_have_the_parameters_of_their_names(bench):
+    on_paper = bench("on_paper")
+    found = {name: sum(map(math.prod, shapes().values())) for name, (_, shapes) in on_paper.MODELS.items()}
+    assert [round(count / 1e9) for count in found.values()] == [71, 406, 671]
+
+
+def test_on_paper_the_longest_part_binds_and_memory_may_be_too_small(bench):
+    on_paper = bench("on_paper")
+    need = on_paper.Need(
+        parameters=1, tensors=1, flops=100, input_bytes=40, output_bytes=10, read_bytes=60, memory_bytes=5,
+        device_read_bytes=40, device_host_memory_bytes=4, device_memory_bytes=7,
+    )  # fmt: skip
+    host = on_paper.Machine(
+        name="m", flops_per_second=10, read_bytes_per_second=3, write_bytes_per_second=1, memory_bytes=5, source="s"
+    )
+    assert on_paper.outcome(need, host) == {"limit": "reading", "memory_bytes": 5, "seconds": 20.0}
+    assert on_paper.outcome(need, replace(host, memory_bytes=4))["limit"] == "memory"
+    device = replace(host, device_memory_bytes=7, bus_bytes_per_second=2)
+    assert on_paper.outcome(need, device) == {"limit": "bus", "memory_bytes": 4, "seconds": 25.0}
+    assert on_paper.outcome(need, replace(device, device_memory_bytes=6))["limit"] == "device memory"

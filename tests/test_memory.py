@@ -18,6 +18,8 @@ from streammerge.memory import (
     OUTPUT_BYTES,
     RESERVE_BYTES,
     SMALLEST_SLOT_BYTES,
+    TAKEN_BYTES_PER_SIDE,
+    TAKEN_RESERVE_BYTES,
     MemoryPlan,
     block_elements,
     fit_memory,
@@ -189,3 +191,23 @@ def test_a_matrix_keeps_its_base_in_memory() -> None:
     assert step_workspace_bytes(with_base, LARGEST_SLOT_BYTES) == 1000 + 64 * 64 * 2 + 64 * 64 * 4 * 3
     without = step("w", (64, 64), by_matrix=True, workspace=1000, base=False)
     assert step_workspace_bytes(without, LARGEST_SLOT_BYTES) == 1000 + 64 * 64 * 4 * 3
+
+
+def test_of_a_small_merge_less_is_expected_than_its_slots_and_reserve_could_hold():
+    small, large = step("w", (64, 64)), step("w", (1 << 14, 1 << 14))
+    for one, filled in ((small, len(small.models) + 1), (large, MOST_INPUT_SLOTS + MOST_OUTPUT_SLOTS)):
+        plan = fit_memory([one], parse_bytes("1GiB"))
+        assert plan.input_slots == MOST_INPUT_SLOTS
+        expected = filled * plan.slot_bytes + plan.workspace_bytes + TAKEN_RESERVE_BYTES
+        assert plan.expected_bytes == expected < plan.peak_bytes
+
+
+def test_of_the_reserve_more_is_expected_to_be_taken_the_larger_the_matrices():
+    def spared(side: int) -> int:
+        many = [step(f"w{i}", (side, side), by_matrix=True, workspace=100 * MIB) for i in range(1024)]
+        plan = fit_memory(many, parse_bytes("4GiB"))
+        return plan.peak_bytes - plan.expected_bytes
+
+    reserve = RESERVE_BYTES + MATRIX_RESERVE_BYTES - TAKEN_RESERVE_BYTES
+    assert [spared(side) for side in (1024, 2048)] == [reserve - side * TAKEN_BYTES_PER_SIDE for side in (1024, 2048)]
+    assert spared(1 << 13) == 0

@@ -26,6 +26,7 @@ from streammerge.plan import Plan, check_disk, make_plan
 from streammerge.rates import Rates, save_rates
 from streammerge.recipe import Recipe
 from streammerge.rules import Role, TensorClass
+from streammerge.schedule import Schedule
 from streammerge.step import COPY
 from tests.models import CONFIG, llama_tensors, recipe_of, save_model, tuned
 
@@ -498,13 +499,29 @@ def test_a_disk_with_room_says_how_much(tmp_path: Path) -> None:
 
 def test_time_is_predicted_once_a_merge_of_the_kind_was_measured() -> None:
     by_matrix, by_element = planned(recipe("actmat")), planned(recipe("linear"))
-    assert (by_matrix.rates_key, by_element.rates_key) == ("matrix", "element")
+    assert (by_matrix.rates_keys, by_element.rates_keys) == (("actmat", "matrix"), ("linear", "element"))
     assert by_matrix.predicted_seconds is None
-    save_rates("element", Rates(by_element.read_bytes / 7, 1e12, 1e12))
+    save_rates("element", Rates(by_element.work.read_bytes / 7, 1e12, 1e12, 1e12))
     assert by_element.predicted_seconds == pytest.approx(7.0)
     assert by_matrix.predicted_seconds is None
-    save_rates("matrix", Rates(1e12, 1e12, by_matrix.flops / 9))
+    save_rates("matrix", Rates(1e12, 1e12, by_matrix.work.matrix_flops / 9, 1e12))
     assert by_matrix.predicted_seconds == pytest.approx(9.0)
+    # its own method's merges say more than others
+    save_rates("actmat", Rates(1e12, 1e12, 1e12, by_matrix.work.element_bytes / 3))
+    assert by_matrix.predicted_seconds == pytest.approx(3.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "actmat", "model_stock", "della", "larv"])
+@pytest.mark.parametrize("memory", [256 << 20, GIB])
+def test_the_work_to_read_is_what_the_stream_will_ask_for(method: str, memory: int) -> None:
+    plan = planned(recipe(method, experts="ab"), memory=memory)
+    assert plan.work.read_bytes == Schedule(plan, ()).read_bytes
+
+
+def test_on_a_device_that_keeps_its_inputs_each_byte_is_read_once() -> None:
+    storage, wanted = family(), recipe("actmat")
+    plan = make_plan(wanted, storage, memory_bytes=GIB, device="cuda", device_memory_bytes=GIB)
+    assert plan.work.read_bytes == Schedule(plan, (), resident=True).read_bytes == plan.read_bytes
 
 
 def test_the_fingerprint_is_plain_data_and_knows_nothing_of_the_budget() -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.rates import Rates, load_rates, rates_path, save_rates
+from streammerge.rates import Rates, Work, load_rates, measured, rates_path, save_rates
 
-RATES = Rates(2e9, 1e9, 5e11)
+RATES = Rates(2e9, 1e9, 5e11, 3e9)
+
+
+def work(read: int = 0, write: int = 0, flops: int = 0, elements: int = 0) -> Work:
+    return Work(read_bytes=read, write_bytes=write, matrix_flops=flops, element_bytes=elements)
 
 
 def test_nothing_is_known_before_the_first_merge() -> None:
@@ -17,17 +21,51 @@ def test_nothing_is_known_before_the_first_merge() -> None:
 
 def test_what_was_measured_is_remembered_for_each_kind() -> None:
     save_rates("element", RATES)
-    save_rates("matrix", Rates(1.0, 2.0, 3.0))
+    save_rates("matrix", Rates(1.0, 2.0, 3.0, 4.0))
     assert load_rates("element") == RATES
-    assert load_rates("matrix") == Rates(1.0, 2.0, 3.0)
+    assert load_rates("matrix") == Rates(1.0, 2.0, 3.0, 4.0)
     save_rates("matrix", RATES)
     assert load_rates("matrix") == RATES
 
 
+def test_the_first_kind_that_was_measured_is_taken() -> None:
+    save_rates("element", RATES)
+    assert load_rates("ties", "element") == RATES
+    save_rates("ties", Rates(1.0, 2.0, 3.0, 4.0))
+    assert load_rates("ties", "element") == Rates(1.0, 2.0, 3.0, 4.0)
+
+
 def test_the_slowest_of_reading_writing_and_arithmetic_sets_the_time() -> None:
-    assert RATES.seconds(4_000_000_000, 1_000_000_000, 0) == 2.0
-    assert RATES.seconds(0, 3_000_000_000, 0) == 3.0
-    assert RATES.seconds(1, 1, 5_000_000_000_000) == 10.0
+    assert RATES.seconds(work(read=4_000_000_000, write=1_000_000_000)) == 2.0
+    assert RATES.seconds(work(write=3_000_000_000)) == 3.0
+    assert RATES.seconds(work(1, 1, flops=5_000_000_000_000)) == 10.0
+
+
+def test_matrices_and_elements_are_computed_one_after_the_other() -> None:
+    assert RATES.seconds(work(flops=500_000_000_000, elements=6_000_000_000)) == 3.0
+
+
+def test_a_merge_is_predicted_as_it_was_measured() -> None:
+    done = work(8_000, 4_000, 6_000_000, 3_000)
+    rates = measured(done, reading=2.0, writing=1.0, computing=10.0, matrices=6.0)
+    assert rates == Rates(4_000.0, 4_000.0, 1_000_000.0, 750.0)
+    assert rates.seconds(done) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("done", [work(8, 8, flops=100), work(8, 8, elements=100)])
+def test_of_one_sort_of_work_alone_all_the_time_is_its_own_and_the_other_costs_nothing(done: Work) -> None:
+    rates = measured(done, reading=0.0, writing=0.0, computing=10.0, matrices=4.0 if done.matrix_flops else 0.0)
+    save_rates("measured", rates)
+    assert load_rates("measured") == rates
+    assert rates.seconds(done) == pytest.approx(10.0)
+    other = work(flops=done.element_bytes, elements=done.matrix_flops)
+    assert rates.seconds(other) < 1e-9
+
+
+def test_steps_that_waited_take_no_more_than_all_the_time_of_arithmetic() -> None:
+    rates = measured(work(8, 8, 100, 100), reading=1.0, writing=1.0, computing=5.0, matrices=7.0)
+    assert rates.flops_per_second == 20.0
+    assert math.isfinite(rates.element_bytes_per_second)
 
 
 def test_rates_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -54,13 +92,21 @@ def test_rates_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path:
         b'{"element": 3}',
         b'{"element": {}}',
         b'{"element": {"read_bytes_per_second": 1}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": "fast"}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": null}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": 0}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": -1}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": NaN}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": Infinity}}',
-        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": 1, "more": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1, "flops_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": "fast", "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": null, "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": 0, "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": -1, "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": NaN, "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": Infinity, "element_bytes_per_second": 1}}',
+        b'{"element": {"read_bytes_per_second": 1, "write_bytes_per_second": 1,'
+        b' "flops_per_second": 1, "element_bytes_per_second": 1, "more": 1}}',
     ],
 )
 def test_a_damaged_memory_is_none_and_is_mended_by_the_next_merge(content: bytes) -> None:

@@ -14,7 +14,7 @@ from streammerge.adapters import CONFIG_NAME, LowRank, expert_factors, module_of
 from streammerge.budget import format_bytes
 from streammerge.checkpoint import Storage, TensorEntry
 from streammerge.derived import DerivedEntry
-from streammerge.errors import PlanError, quoted
+from streammerge.errors import PlanError, RecipeError, quoted
 from streammerge.layout import Layout
 from streammerge.memory import MATRIX_RESERVE_BYTES, RESERVE_BYTES
 from streammerge.outcome import Tally
@@ -61,6 +61,12 @@ def plan_adapter(plan: Plan, rank: int | None) -> AdapterPlan:
     """
     if plan.recipe.base is None:
         raise PlanError("an adapter is a change of a base, and the recipe has none", hint="Add `base_model`.")
+    for key in ("slices", "quantize"):
+        if getattr(plan.recipe, key):
+            raise PlanError(
+                f"`{key}` makes a model of other tensors than the base's, and an adapter changes the base's own",
+                hint=f"Leave out `{key}`, or `--as-adapter`.",
+            )
     base = plan.models[0]
     experts = range(1, 1 + len(plan.recipe.experts))
     full, found = [], []
@@ -80,12 +86,17 @@ def plan_adapter(plan: Plan, rank: int | None) -> AdapterPlan:
             hint="Leave out `--as-adapter`; `streammerge extract` makes an adapter of a full model.",
         )
     for step in found:
-        if methods.describe(step.method).thin_path is None or step.pool or not has_thin_form(step.arguments):
+        method = methods.describe(step.method)
+        if method.thin_path is None or step.pool or not has_thin_form(step.arguments):
             able = [name for name in methods.names() if methods.describe(name).thin_path]
             raise PlanError(
                 f"{quoted(step.name)} by {quoted(step.method)}, as it is set, does not come out as factors",
                 hint=f"With their usual settings these do: {', '.join(able)}.",
             )
+        shape = (step.shape[0], step.shape[1])
+        if refused := method.thin_complaint(shape, len(step.experts), step.arguments):
+            where = plan.recipe.place_of(method, str(refused.parameter), plan.recipe.rule_for(step.name))
+            raise RecipeError(f"{where}{quoted(step.name)}: {refused.message}", hint=refused.hint)
     if not found:
         raise PlanError("no adapter changes anything", hint="Look at the rules: do they keep the base everywhere?")
     dtype = plan.recipe.output_dtype or "F32"

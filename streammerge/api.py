@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 from streammerge import devices
 from streammerge.budget import available_memory_bytes, parse_bytes
 from streammerge.checkpoint import Storage
-from streammerge.errors import CheckpointError, StreamMergeError, quoted
+from streammerge.errors import StreamMergeError, quoted
 from streammerge.fetching import Fetches, pinned
 from streammerge.inspection import Inspection, inspect_models
 from streammerge.journal import refuse_taken, refuse_unready
 from streammerge.plan import Plan, check_disk, make_plan
 from streammerge.recipe import Recipe
-from streammerge.storage.hub import is_hub_id
 from streammerge.storage.local import LocalStorage
-from streammerge.storage.places import Places
+from streammerge.storage.places import Fetching, Places
 
 if TYPE_CHECKING:
     from streammerge.batching import Group, Night, Outcome, Planner
@@ -71,7 +70,7 @@ def plan(
     else:
         device_bytes = parse_bytes(device_memory)
     storage = storage or Places()
-    return make_plan(
+    planned = make_plan(
         pinned(loaded, storage),
         storage,
         memory_bytes=None if memory is None else parse_bytes(memory),
@@ -79,6 +78,11 @@ def plan(
         device=device,
         device_memory_bytes=device_bytes,
     )
+    from streammerge.folder import side_files
+
+    # a tokenizer or a template that is not there is refused now, not when the merge begins
+    side_files(planned, storage)
+    return planned
 
 
 def merge(
@@ -370,27 +374,24 @@ def capture(
     fisher: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
-    storage: Storage | None = None,
+    storage: Fetching | None = None,
 ) -> Captured:
     """Run a model over a JSON Lines file and store what `regmean` and `fisher` need of it in the new folder `out`.
 
-    See `streammerge.capturing.capture`, which says what the tensors are. Needs transformers.
+    A model on the hub is fetched into its cache first. See `streammerge.capturing.capture`, which says what the tensors
+    are. Needs transformers.
     """
     # torch takes seconds to load, and this refuses without it
     refuse_taken(os.fspath(out), resume=resume)
-    if is_hub_id(os.fspath(model)) and not os.path.lexists(model):
-        raise CheckpointError(
-            f"{quoted(model)} does not exist",
-            hint="A model that runs lies in a folder. To fetch one from the hub: `hf download ID --local-dir DIR`.",
-        )
+    folder = (storage or Places()).downloaded(os.fspath(model))
     devices.prepare_torch()
     from streammerge.capturing import capture as run_capture
 
     return run_capture(
-        os.fspath(model),
+        folder,
         os.fspath(data),
         os.fspath(out),
-        storage or LocalStorage(),
+        LocalStorage(),
         memory_bytes=None if memory is None else parse_bytes(memory),
         max_tokens=max_tokens,
         samples=samples,

@@ -490,7 +490,9 @@ def _method_text(method: methods.Method) -> str:
     for parameter in method.parameters.values():
         scope = ", per model" if parameter.per_expert else ""
         choices = f" ({' | '.join(parameter.choices)})" if parameter.choices else ""
-        lines.append(f"  {parameter.name:{width}}  {parameter.summary}{choices}; default {parameter.default}{scope}")
+        interval = f"; {parameter.interval}" if parameter.interval else ""
+        about = f"{parameter.summary}{choices}{interval}; default {parameter.default}{scope}"
+        lines.append(f"  {parameter.name:{width}}  {about}")
     if method.notes:
         lines += ["", *(f"  {line}".rstrip() for line in method.notes.splitlines())]
     base = "needs a base" if method.needs_base else "needs no base"
@@ -533,6 +535,7 @@ def _method_json(method: methods.Method) -> dict[str, Any]:
             p.name: {
                 "type": p.type,
                 "choices": list(p.choices),
+                "range": str(p.interval) if p.interval else None,
                 "default": p.default,
                 "per_model": p.per_expert,
                 "summary": p.summary,

@@ -17,6 +17,9 @@ Found = TypeVar("Found")
 PerExpert = float | Sequence[float]
 """A method parameter that a recipe may set for each expert."""
 
+MethodName = str
+"""A method parameter that names the method it wraps."""
+
 Settings = Mapping[str, Any] | None
 """A method parameter that holds the parameters of the method it wraps."""
 

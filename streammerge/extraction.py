@@ -25,7 +25,7 @@ from streammerge.memory import MATRIX_RESERVE_BYTES, RESERVE_BYTES
 from streammerge.models import open_model
 from streammerge.outcome import Block, Outcome
 from streammerge.owners import roles_from_model
-from streammerge.plan import weight_files
+from streammerge.plan import refuse_quantised, weight_files
 from streammerge.readahead import ReadAhead, bytes_of, cut
 from streammerge.rules import Role, TensorClass, roles
 from streammerge.solve.nearest import nearest, nearest_bytes
@@ -87,6 +87,7 @@ def extract(
     """Write the adapter. See `api.extract`."""
     started = time.perf_counter()
     models = open_model(storage, base), open_model(storage, expert, base)
+    refuse_quantised(models, (base, expert))
     _refuse_differences(models)
     kinds = roles({n: (e.shape, e.dtype) for n, e in models[0].tensors.items()}, models[0].config, roles_from_model)
     ordered = sorted(models[0].tensors.values(), key=lambda entry: (entry.file, entry.offset))

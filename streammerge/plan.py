@@ -20,7 +20,7 @@ from streammerge.budget import available_memory_bytes, format_bytes
 from streammerge.checkpoint import DTYPE_BYTES, INTEGER_DTYPES, Checkpoint, Storage, TensorEntry
 from streammerge.compare import differences
 from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_device_bytes
-from streammerge.errors import PlanError, escaped, listed, quoted
+from streammerge.errors import PlanError, RecipeError, escaped, listed, quoted
 from streammerge.key_maps import map_names, without_dispensable
 from streammerge.layout import Layout, lay_out
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
@@ -31,7 +31,7 @@ from streammerge.pools import input_of
 from streammerge.rates import Work, load_rates
 from streammerge.recipe import Recipe, Rule
 from streammerge.recipe_files import Past
-from streammerge.rules import Role, TensorClass, roles
+from streammerge.rules import Role, TensorClass, role_by_name, roles
 from streammerge.stacked_config import config_warnings
 from streammerge.stacking import Inputs, stacked_layers, stacking_warnings, whole_models
 from streammerge.step import COPY, Step, as_stored, stacked
@@ -161,7 +161,7 @@ def make_plan(
     names = recipe.names
     first, *others = (open_model(storage, location, recipe.base) for location in recipe.locations[: len(names)])
     models = (first, *(in_layout_of(first, other) for other in others))
-    _refuse_quantised(models, names)
+    refuse_quantised(models, names)
     _refuse_to_quantise(recipe, models[0], names[0])
     offset = 1 if recipe.base else 0
     mapped = map_names(models, names, {offset + n: each.key_map for n, each in enumerate(recipe.experts)})
@@ -178,6 +178,8 @@ def make_plan(
     models += tuple(keys.applied(open_model(storage, each)) for keys, each in zip(maps, besides, strict=True))
     names += besides
     steps = _steps(recipe, models, names, thin=device_memory_bytes is None)
+    _refuse_various_settings(recipe, steps)
+    _refuse_missing_data(steps, names, recipe)
     budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
     past = recipe.past or Past()
@@ -218,7 +220,8 @@ def free_bytes(out: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
+def refuse_quantised(models: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    """Raise PlanError for weights whose numbers are not what they stand for; `names` are what messages call them."""
     for model, name in zip(models, names, strict=True):
         config = model.config.get("quantization_config")
         if config:
@@ -314,6 +317,40 @@ def _refuse_looks_at_several_models(steps: Sequence[Step]) -> None:
             )
 
 
+def _refuse_various_settings(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """What a method sees of the whole model is seen by one value of some settings."""
+    first: dict[str, Step] = {}
+    for step in steps:
+        if not step.looks_at_model:
+            continue
+        known, method = first.setdefault(step.method, step), methods.describe(step.method)
+        for name in method.one_for_all:
+            keyword = method.parameters[name].keyword
+            if step.arguments[keyword] != known.arguments[keyword]:
+                where = recipe.place_of(method, name, recipe.rule_for(step.name))
+                raise RecipeError(
+                    f"{where}{quoted(step.name)} has another `{name}` than {quoted(known.name)}, expected one for all "
+                    f"tensors: {quoted(method.name)} looks at the whole model",
+                    hint=f"Set the same `{name}` for all tensors, or let it look at single tensors.",
+                )
+
+
+def _refuse_missing_data(steps: Sequence[Step], names: Sequence[str], recipe: Recipe) -> None:
+    lacking = [
+        f"{quoted(step.name)} of {quoted(names[step.models[step.base is not None :][number]])}"
+        for step in steps
+        if step.arguments.get("missing") == "error"
+        for number, beside in enumerate(step.beside)
+        if beside is None
+    ]
+    if lacking:
+        kind = methods.describe(recipe.method).beside
+        raise PlanError(
+            f"{len(lacking)} tensor(s) have no {kind} beside them:{listed(lacking)}",
+            hint=f"Collect the {kind} of all of them, or set `missing: mean` to average such tensors.",
+        )
+
+
 def _pooled(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps, with those side by side that a `pool: inputs` merges as one matrix, stacked by rows."""
     pools: dict[str, list[Step]] = {}
@@ -357,7 +394,7 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
     name, role, (place, reference) = inputs.name, inputs.role, inputs.reference
     entries = tuple(entry for _, entry in inputs.experts)
     rule = recipe.rule_for(name)
-    method = _method_for(recipe, rule, role, reference)
+    method = _method_for(recipe, rule, role, reference, models[place].config)
     dtype = (recipe.output_dtype or reference.output_dtype) if reference.is_float else reference.dtype
     passes_non_finite = recipe.non_finite == "pass"
     if method is None:
@@ -372,12 +409,12 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
             hint="Add `base_model: DIR` to the recipe.",
         )
     stored = [entry.name for entry in entries] if inputs.part else ()
-    _refuse_number(method, name, len(entries))
     arguments = recipe.resolve(method, name, inputs.position, rule, inputs.part, stored)
     by_matrix, by_row = method.streams_by == "matrix", method.streams_by == "row"
     shape = _matrix_shape(reference, role) if by_matrix else (1, reference.elements)
     if by_row and reference.shape:
         shape = reference.elements // reference.shape[-1], reference.shape[-1]
+    _refuse_settings(recipe, method, inputs, rule, shape, arguments)
     widest = max(DTYPE_BYTES[e.dtype] for e in (*entries, reference))
     cost = method.cost(shape, len(entries), arguments, 8 if max(widest, DTYPE_BYTES[dtype]) == 8 else 4)
     assert not by_matrix or not cost.looks or cost.look_scope == "model", f"{method.name} looks at one matrix"
@@ -409,15 +446,21 @@ def _step(recipe: Recipe, models: Sequence[Checkpoint], inputs: Inputs) -> Step:
     )
 
 
-def _refuse_number(method: methods.Method, tensor: str, experts: int) -> None:
-    fewest, most = method.experts
-    if fewest <= experts <= (most or experts):
+def _refuse_settings(
+    recipe: Recipe,
+    method: methods.Method,
+    inputs: Inputs,
+    rule: Rule | None,
+    shape: tuple[int, int],
+    arguments: Mapping[str, Any],
+) -> None:
+    found = method.complaint(shape, len(inputs.experts), arguments)
+    if found is None:
         return
-    wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most == fewest else " or more")
-    raise PlanError(
-        f"{quoted(tensor)}: {quoted(method.name)} merges {wanted}, found {experts}",
-        hint=f"List {wanted}" + (" beside `base_model`." if method.needs_base else "."),
-    )
+    if found.parameter is None:
+        raise PlanError(f"{quoted(inputs.name)}: {found.message}", hint=found.hint)
+    where = recipe.place_of(method, found.parameter, rule, inputs.part)
+    raise RecipeError(f"{where}{quoted(inputs.name)}: {found.message}", hint=found.hint)
 
 
 def _beside(
@@ -448,7 +491,13 @@ def _beside(
     return tuple(found)
 
 
-def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: TensorEntry) -> methods.Method | None:
+# what an integer under such a name stands for is not itself
+_OF_FLOATS = (TensorClass.MATRIX, TensorClass.EMBEDDING, TensorClass.STACK, TensorClass.ROUTER)
+
+
+def _method_for(
+    recipe: Recipe, rule: Rule | None, role: Role, reference: TensorEntry, config: Mapping[str, Any]
+) -> methods.Method | None:
     """The method a tensor gets; None means it is copied."""
     if rule and rule.keep_base:
         return None
@@ -462,6 +511,12 @@ def _method_for(recipe: Recipe, rule: Rule | None, role: Role, reference: Tensor
             raise PlanError(
                 f"{quoted(reference.name)} is {reference.dtype}, which no method merges",
                 hint="Convert the models to float32 first.",
+            )
+        as_floats = role_by_name(reference.name, reference.shape, "F32", config)
+        if as_floats and as_floats.kind in _OF_FLOATS:
+            raise PlanError(
+                f"{quoted(reference.name)} is {reference.dtype}, and a layer's weights are floats: it is quantised",
+                hint="Dequantise the models to bfloat16 first, or keep it by a rule: `match: NAME`, `keep: base`.",
             )
         return None
     if reference.elements == 0 or role.kind is TensorClass.BUFFER:

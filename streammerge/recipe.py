@@ -238,12 +238,17 @@ class Recipe:
                 )
             else:
                 arguments[parameter.keyword] = value(tensor, [*first, *last])
-        for parameter in method.parameters.values():
-            inner = arguments[parameter.keyword]
-            if parameter.type == "settings" and isinstance(inner, Mapping):
-                wrapped = methods.describe(str(arguments[parameter.name.removesuffix("_parameters")]))
-                arguments[parameter.keyword] = {wrapped.parameters[name].keyword: v for name, v in inner.items()}
         return arguments
+
+    def place_of(self, method: Method, parameter: str, rule: Rule | None = None, part: Slice | None = None) -> str:
+        """Where a parameter was set, the narrowest place first: `recipe.yaml:7: `; empty where it has its default."""
+        own = method.name == self.method
+        sources = [*(part.sources if part else self.experts)] if own else []
+        last = [*([part.parameters] if part else []), self.parameters] if own else []
+        for settings in (*([rule.parameters] if rule else []), *(each.parameters for each in sources), *last):
+            if parameter in settings:
+                return f"{settings[parameter].where}: "
+        return ""
 
     @property
     def locations(self) -> tuple[str, ...]:
@@ -550,11 +555,15 @@ class _Reader:
         wrapped = value.key.removesuffix("_parameters")
         given = node.mapping().get(wrapped) if node else None
         rule = read_method(given) if given else methods.describe(str(method.parameters[wrapped].default))
+        if value.value is not None and not isinstance(value.value, dict):
+            raise value.wrong(
+                f"a mapping of parameters of `{rule.name}`", f"`streammerge methods {rule.name}` lists them."
+            )
         found = self.parameters(value, rule)
         plain = {name: setting.value("", 0.0) for name, setting in found.items()}
         if any(setting.to_plain() != plain[name] for name, setting in found.items()):
             raise value.error(f"`{value.key}` has one value for each parameter, found a list", "Write a single value.")
-        return Setting(cases=((None, plain),))
+        return Setting(cases=((None, plain),), where=value.where)
 
     def rule(self, node: Located) -> Rule:
         fields = node.fields(("match", "merge_method", "keep", "parameters"))
@@ -565,6 +574,10 @@ class _Reader:
         if "merge_method" in fields:
             method = read_method(fields["merge_method"])
             self.needs_base(method, fields["merge_method"])
+            if method.beside not in (None, self.method.beside):
+                needs = f"method `{method.name}` needs a {method.beside} beside each expert"
+                own = f"Make it the recipe's `merge_method`, with a `{method.beside}` for each model."
+                raise fields["merge_method"].error(f"{needs}, which those of `{self.method.name}` have not", own)
             parameters = self.parameters(fields.get("parameters"), method)
             return Rule(match=match, method=method.name, parameters=parameters)
         fields["keep"].choice(("base",))

@@ -21,7 +21,7 @@ from streammerge.adapters import TILE_ROWS, parse_config
 from streammerge.checkpoint import changed_files
 from streammerge.cli import cli
 from streammerge.derived import DerivedEntry
-from streammerge.errors import CheckpointError, MergeError, PlanError
+from streammerge.errors import CheckpointError, MergeError, PlanError, RecipeError
 from streammerge.models import open_model
 from streammerge.plan import make_plan
 from streammerge.readahead import ReadAhead, cut
@@ -580,6 +580,15 @@ def test_only_adapters_of_the_base_become_an_adapter(tmp_path, base):
         as_adapter(tmp_path, adapters, "ties")
     with pytest.raises(PlanError, match="does not come out as factors"):
         as_adapter(tmp_path, adapters, "actmat", parameters={"pool": "inputs"})
+    with pytest.raises(
+        RecipeError, match=r"recipe\.parameters\.weight: .*: weights that sum to 6 scale the base"
+    ) as told:
+        as_adapter(tmp_path, adapters, "linear", parameters={"weight": 3, "normalize": False})
+    assert "task_arithmetic" in told.value.hint
+    layers = {"slices": [{"sources": [{"model": str(each), "layer_range": [0, 1]} for each in adapters]}] * 2}
+    with pytest.raises(PlanError, match="`slices` makes a model of other tensors than the base's") as told:
+        as_adapter(tmp_path, [], "actmat", models=None, **layers)
+    assert "Leave out `slices`" in told.value.hint
     with pytest.raises(PlanError, match="no adapter changes anything"):
         as_adapter(tmp_path, adapters, "actmat", rules=[{"match": ".", "keep": "base"}])
     assert not (tmp_path / "merged").exists()

@@ -85,6 +85,7 @@ LAYERS = (
     "rules",
     "pools",
     "patterns",
+    "intervals",
     "budget",
     "row_maps",
     "fp8",

@@ -116,6 +116,16 @@ def test_equal_models_and_other_models_are_refused(tmp_path, base):
         streammerge.extract(tmp_path / "other", tmp_path / "base", tmp_path / "adapter", rank=4)
 
 
+def test_weights_that_stand_for_others_are_refused(tmp_path, base):
+    expert = save_model(tmp_path / "expert", tuned(base, 1))
+    config = json.loads((expert / "config.json").read_text())
+    (expert / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(PlanError, match="is quantised by `gptq`") as raised:
+        streammerge.extract(expert, tmp_path / "base", tmp_path / "out", rank=2)
+    assert raised.value.hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_nan_is_refused(tmp_path, base):
     expert = tuned(base, 3)
     expert[f"{LAYER}mlp.down_proj.weight"][0, 0] = float("nan")

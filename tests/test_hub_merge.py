@@ -395,7 +395,31 @@ def test_local_folders_are_planned_without_the_hubs_library(family, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_capture_says_how_to_fetch_what_it_runs(tmp_path):
-    with pytest.raises(StreamMergeError, match="`org/base` does not exist") as raised:
-        streammerge.capture("org/base", tmp_path / "data.jsonl", tmp_path / "out")
-    assert "hf download" in raised.value.hint
+def test_a_capture_of_a_model_on_the_hub_is_that_of_a_local_copy(hub, tmp_path):
+    pytest.importorskip("transformers")
+    from tests.test_capture import llama, save
+
+    folder = save(llama(), tmp_path / "local")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "w1 w2 w3"}))
+    (folder / "pytorch_model.bin").write_bytes(b"another kind of weights")
+    (folder / "modeling_own.py").write_text("raise SystemExit")
+    hub.push("org/run", folder)
+    storage = HubStorage(endpoint=hub.url, cache=str(tmp_path / "hub-cache"))
+    found = {
+        name: streammerge.capture(model, tmp_path / "data.jsonl", tmp_path / name, storage=storage)
+        for name, model in {"there": "org/run@main", "again": "org/run"}.items()
+    }
+    streammerge.capture(folder, tmp_path / "data.jsonl", tmp_path / "here")
+    assert found["there"].matrices > 0
+    assert weights_of(tmp_path / "there") == weights_of(tmp_path / "again") == weights_of(tmp_path / "here")
+    assert not hub.got("pytorch_model.bin")
+    assert not hub.got("modeling_own.py")
+    assert len([seen for seen in hub.got("model.safetensors") if seen.method == "GET" and not seen.range]) <= 1
+
+
+def test_a_capture_of_a_model_that_is_not_on_the_hub_says_so(hub, tmp_path):
+    storage = HubStorage(endpoint=hub.url, cache=str(tmp_path / "hub-cache"))
+    with pytest.raises(StreamMergeError, match="`org/nothing`") as raised:
+        streammerge.capture("org/nothing", tmp_path / "data.jsonl", tmp_path / "out", storage=storage)
+    assert raised.value.hint
+    assert not (tmp_path / "out").exists()

@@ -298,6 +298,7 @@ def test_what_lies_beside_a_model_has_its_names(tmp_path):
         "merge_method": "regmean",
         "base_model": str(folders["base"]),
         "models": [{"model": str(folders[name]), "covariance": str(folders[f"{name} data"])} for name in "ab"],
+        "parameters": {"missing": "mean"},
     })  # fmt: skip
     (step,) = [step for step in planned.steps if step.name == matrix]
     assert [place is not None for place in step.beside] == [True, True]

@@ -663,6 +663,8 @@ def test_every_method_of_the_table_can_be_planned(name: str) -> None:
     data = {matrix: ("F32", (columns, columns) if beside == "covariance" else (rows, columns))}
     _, most = methods.describe(name).experts
     models = [{"model": expert, **({beside: "data"} if beside else {})} for expert in "ab"[:most]]
-    plan = planned(recipe(name, models=models), family(data=data), memory=4 * GIB)
+    # what lies beside the experts is of one matrix alone
+    parameters = {"missing": "mean"} if beside else {}
+    plan = planned(recipe(name, models=models, parameters=parameters), family(data=data), memory=4 * GIB)
     assert name in methods_of(plan).values()
     assert [s.name for s in plan.steps if any(s.beside)] == ([matrix] if beside else [])

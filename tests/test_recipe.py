@@ -624,12 +624,32 @@ def test_an_unknown_parameter_names_its_line_and_the_nearest_parameter() -> None
 @pytest.mark.parametrize(
     ("setting", "message", "hint"),
     [
-        ("density: high", "`density` is the text `high`, expected a number", None),
-        ("density: true", "`density` is `true`, expected a number", None),
-        ("density: .nan", "`density` is `nan`, expected a finite number", None),
+        (
+            "density: high",
+            "`density` is the text `high`, expected a number",
+            None,
+        ),
+        (
+            "density: true",
+            "`density` is `true`, expected a number",
+            None,
+        ),
+        (
+            "density: .nan",
+            "`density` is `nan`, expected a finite number",
+            None,
+        ),
         ("density: []", "`density` is a list, expected a number", None),
-        ("density: [1, x]", "`density[1]` is the text `x`, expected a number", None),
-        ("density: [1, {value: 2}]", "`density[1]` is a mapping, expected a number", None),
+        (
+            "density: [1, x]",
+            "`density[1]` is the text `x`, expected a number",
+            None,
+        ),
+        (
+            "density: [1, {value: 2}]",
+            "`density[1]` is a mapping, expected a number",
+            None,
+        ),
         ("density: ", "`density` is empty, expected a number", None),
         (
             "density: {value: 1}",
@@ -637,11 +657,23 @@ def test_an_unknown_parameter_names_its_line_and_the_nearest_parameter() -> None
             None,
         ),
         ("density: [{filter: q}]", "`value` is missing", None),
-        ("density: [{value: [[1]]}]", "`value[0]` is a list, expected a number", None),
+        (
+            "density: [{value: [[1]]}]",
+            "`value[0]` is a list, expected a number",
+            None,
+        ),
         ("rank: 1.5", "`rank` is `1.5`, expected a whole number", None),
         ("rank: false", "`rank` is `false`, expected a whole number", None),
-        ("rescale: 2", "`rescale` is `2`, expected `true` or `false`", None),
-        ("rescale: [true]", "`rescale` is a list, expected `true` or `false`", None),
+        (
+            "rescale: 2",
+            "`rescale` is `2`, expected `true` or `false`",
+            None,
+        ),
+        (
+            "rescale: [true]",
+            "`rescale` is a list, expected `true` or `false`",
+            None,
+        ),
         ("label: 1", "`label` is `1`, expected text", None),
         ("sign: cuont", "`sign` is the text `cuont`, expected `sum` or `count`", "Did you mean `count`?"),
     ],
@@ -651,7 +683,7 @@ def test_a_setting_of_the_wrong_type_says_what_was_found_and_expected(
 ) -> None:
     error = refused(TRIMMED + f"parameters:\n  {setting}\n")
     assert error.message == f"recipe.yaml:8: {message}"
-    assert error.hint == hint
+    assert error.hint == (hint or f"`streammerge methods trimmed` explains `{setting.partition(':')[0]}`.")
 
 
 @pytest.mark.parametrize(

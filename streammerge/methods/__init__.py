@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
+from streammerge.errors import MergeError, quoted
+from streammerge.intervals import Interval
 from streammerge.solve.cost import Cost
 
 if TYPE_CHECKING:
@@ -79,6 +81,10 @@ def merge_method(
     thin: str | None = None,
     thin_cost: str | None = None,
     experts: tuple[int, int | None] = (1, None),
+    ranges: Mapping[str, str] | None = None,
+    checks: Mapping[str, str] | None = None,
+    thin_checks: Mapping[str, str] | None = None,
+    one_for_all: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Declare facts the planner needs about a method. Every argument must be a literal.
 
@@ -96,11 +102,17 @@ def merge_method(
     thin_cost    "module:function" that prices it, or says for which settings only the function itself will do; of a
                  method by matrix, which then merges adapters so
     experts      how many it takes: at least, and at most, or None for any number
+    ranges       parameter -> the interval of its values, as "[0, 1]" or "(0, inf)"; any number without one
+    checks       parameter -> "module:function" that refuses its value beside the others' (see `solve/limits.py`)
+    thin_checks  the same, of what cannot be done with factors alone
+    one_for_all  parameters that have one value for all tensors where the method looks at the whole model
 
+    A setting is refused by these when the merge is planned: the function itself need not look.
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost, experts
+    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost, experts, ranges, checks
+    del thin_checks, one_for_all
 
     def declared(function: Function) -> Function:
         return function
@@ -125,19 +137,30 @@ class Look(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """What a recipe may set: its type name ("float", "int", "bool", "str", "settings"), or its choices.
+    """What a recipe may set: its type name ("float", "int", "bool", "str", "method", "settings"), or its choices.
 
-    "settings" are another method's parameters, as a mapping.
+    A "method" is the name of another one, and "settings" are that one's parameters, as a mapping.
+    `method` is whose it is.
     `keyword` is the function's argument; it differs from `name` where Python reserves the name (`lambda`).
     """
 
     name: str
+    method: str
     keyword: str
     type: str
     choices: tuple[str, ...]
     default: object
     per_expert: bool
     summary: str
+    interval: Interval | None = None
+
+
+class Complaint(NamedTuple):
+    """Why a method cannot merge: the parameter that is to blame, None for the number of experts, and what to do."""
+
+    parameter: str | None
+    message: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +182,9 @@ class Method:
     thin_path: str | None
     thin_cost_path: str | None
     experts: tuple[int, int | None]
+    check_paths: Mapping[str, str]
+    thin_check_paths: Mapping[str, str]
+    one_for_all: tuple[str, ...]
 
     @property
     def notes(self) -> str:
@@ -182,6 +208,64 @@ class Method:
         priced: Cost | None = _found(self.thin_cost_path)(shape, ranks, parameters, itemsize)
         return priced
 
+    def complaint(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any]) -> Complaint | None:
+        """What keeps the method from merging [out, in] matrices of so many experts with these arguments, if anything.
+
+        Everything that needs no weight to be known, also of the method inside one that wraps another.
+        """
+        fewest, most = self.experts
+        if not fewest <= experts <= (most or experts):
+            wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most == fewest else " or more")
+            beside = " beside `base_model`" if self.needs_base else ""
+            return Complaint(None, f"{quoted(self.name)} merges {wanted}, found {experts}", f"List {wanted}{beside}.")
+        arguments = self._with_defaults(parameters)
+        for each in self.parameters.values():
+            value = arguments[each.keyword]
+            numbers = value if isinstance(value, Sequence) else [value]
+            outside = [number for number in numbers if each.interval and number not in each.interval]
+            if outside:
+                found = f"{quoted(each.name)} is {outside[0]:g}, expected {each.interval}"
+                return Complaint(each.name, found, f"`streammerge methods {self.name}` explains `{each.name}`.")
+        if refused := _refused(self.check_paths, arguments, shape, experts):
+            return refused
+        wrapped = self.wrapped(arguments)
+        return self._complaint_about(*wrapped, shape, experts) if wrapped else None
+
+    def thin_complaint(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any]) -> Complaint | None:
+        """What keeps the method from merging low-rank changes as factors, where no base is at hand."""
+        return _refused(self.thin_check_paths, self._with_defaults(parameters), shape, experts)
+
+    def _with_defaults(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {**{each.keyword: each.default for each in self.parameters.values()}, **parameters}
+
+    def wrapped(self, parameters: Mapping[str, Any]) -> tuple[Method, dict[str, Any]] | None:
+        """The method that this one wraps, where it wraps any, and that one's arguments as far as they are set."""
+        inside = next((each for each in self.parameters.values() if each.type == "settings"), None)
+        if inside is None:
+            return None
+        rule = self.parameters[inside.name.removesuffix("_parameters")]
+        method = describe(parameters.get(rule.keyword, rule.default))
+        given = parameters.get(inside.keyword) or {}
+        return method, {method.parameters[name.rstrip("_")].keyword: value for name, value in given.items()}
+
+    def _complaint_about(
+        self, inner: Method, arguments: Mapping[str, Any], shape: tuple[int, int], experts: int
+    ) -> Complaint | None:
+        rule = next(each.name for each in self.parameters.values() if each.type == "method")
+        cannot = f"{quoted(self.name)} cannot wrap {quoted(inner.name)}, which"
+        if inner.beside:
+            needs = f"{cannot} needs a {inner.beside} beside each expert"
+            return Complaint(rule, needs, f"Use {quoted(inner.name)} by itself, or another rule.")
+        found = inner.complaint(shape, experts, arguments)
+        if found:
+            parameter = rule if found.parameter is None else f"{rule}_parameters"
+            return found._replace(parameter=parameter, message=f"{found.message}, inside {quoted(self.name)}")
+        if inner.cost(shape, experts, arguments, 4).look_scope == "model":
+            looks = f"{cannot} looks at the whole model first"
+            parameter = f"{rule}_parameters" if arguments else rule
+            return Complaint(parameter, looks, "Choose parameters that look at one tensor, or another rule.")
+        return None
+
     def load_thin(self) -> Callable[..., Factors]:
         """Import the function for factors, torch with it."""
         assert self.thin_path is not None, f"{self.name} has no thin form"
@@ -200,9 +284,14 @@ class Method:
         return look
 
     def merge(self, deltas: Deltas, **arguments: Any) -> Tensor:
-        """Merge a whole tensor as one block, and as the whole model: its looks, then the function."""
+        """Merge a whole tensor as one block, and as the whole model: its looks, then the function.
+
+        Raises MergeError for arguments that no plan would let through.
+        """
         columns = deltas.shape[-1] if deltas.shape else 1
         rows = math.prod(deltas.shape[:-1])
+        if found := self.complaint((rows, columns), deltas.experts, arguments):
+            raise MergeError(f"{quoted(deltas.name)}: {found.message}", hint=found.hint)
         looks = self.cost((rows, columns), deltas.experts, arguments, deltas.dtype.itemsize).looks
         # a method that wraps this one may have left its own there
         deltas.seen = self.look(deltas, arguments) if looks else None
@@ -210,6 +299,16 @@ class Method:
             deltas.seen.look(number, deltas)
             deltas.seen.finish(number)
         return self.load()(deltas, **arguments)
+
+
+def _refused(
+    checks: Mapping[str, str], arguments: Mapping[str, Any], shape: tuple[int, int], experts: int
+) -> Complaint | None:
+    for name, path in checks.items():
+        refused: tuple[str, str] | None = _found(path)(arguments, shape, experts)
+        if refused:
+            return Complaint(name, *refused)
+    return None
 
 
 def _found(path: str) -> Any:
@@ -233,8 +332,9 @@ def _describe(name: str, module: str) -> Method:
     )
     facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     doc = ast.get_docstring(function) or ""
+    ranges = {name: Interval.parse(text) for name, text in facts.get("ranges", {}).items()}
     declared = [
-        _parameter(argument, default, doc)
+        _parameter(name, argument, default, doc, ranges)
         for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     ]
     return Method(
@@ -253,6 +353,9 @@ def _describe(name: str, module: str) -> Method:
         thin_path=facts.get("thin"),
         thin_cost_path=facts.get("thin_cost"),
         experts=facts.get("experts", (1, None)),
+        check_paths=facts.get("checks", {}),
+        thin_check_paths=facts.get("thin_checks", {}),
+        one_for_all=facts.get("one_for_all", ()),
     )
 
 
@@ -261,7 +364,12 @@ def _function_name(method: str) -> str:
     return f"{method}_" if keyword.iskeyword(method) else method
 
 
-def _parameter(argument: ast.arg, default: ast.expr | None, doc: str) -> Parameter:
+_TYPES = {"PerExpert": "float", "MethodName": "method", "Settings": "settings"}
+
+
+def _parameter(
+    method: str, argument: ast.arg, default: ast.expr | None, doc: str, ranges: Mapping[str, Interval]
+) -> Parameter:
     assert argument.annotation is not None, f"parameter {argument.arg} needs an annotation"
     assert default is not None, f"parameter {argument.arg} needs a default"
     annotation = ast.unparse(argument.annotation)
@@ -271,12 +379,14 @@ def _parameter(argument: ast.arg, default: ast.expr | None, doc: str) -> Paramet
         choices = tuple(re.findall(r"'([^']*)'", annotation))
     return Parameter(
         name=name,
+        method=method,
         keyword=argument.arg,
-        type={"PerExpert": "float", "Settings": "settings"}.get(annotation, "str" if choices else annotation),
+        type=_TYPES.get(annotation, "str" if choices else annotation),
         choices=choices,
         default=ast.literal_eval(default),
         per_expert=annotation == "PerExpert",
         summary=_line_about(name, doc),
+        interval=ranges.get(name),
     )
 
 

@@ -16,6 +16,8 @@ from streammerge.solve.ace import solve_ace
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_covariance:ace",
+    ranges={"epsilon": "(0, inf)", "k_frac": "[0, 1]"},
+    checks={"k_frac": "streammerge.solve.limits:refinable"},
 )
 def ace(
     deltas: Deltas,
@@ -28,7 +30,7 @@ def ace(
 ) -> Tensor:
     """Merge by centred covariances and a ridge that adapts to the norms.
 
-    epsilon    ridge of each expert's covariance, where the mean ‖D_t‖² is 1; more than 0. The paper,
+    epsilon    ridge of each expert's covariance, where the mean ‖D_t‖² is 1. The paper,
                without that unit: 4e-2 for GPT-2, 2e-4 for RoBERTa, 1e-5 otherwise
     threshold  spread of the experts' norms above which covariances are normalised and the result
                refined
@@ -51,8 +53,7 @@ def ace(
     unchanged expert alone gives ε_t = 10¹²·ε, and a result a million times too large. A matrix of which
     centring leaves nothing, as of one row, is averaged. One expert does not come back exactly.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an infinity, a
-    setting out of range, and with compat paper for k = 0.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool

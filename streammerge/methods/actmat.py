@@ -18,6 +18,8 @@ from streammerge.solve.normal_equations import solve_normal_equations
     cost="streammerge.solve.cost:normal_equations",
     thin="streammerge.solve.thin:normal_equations",
     thin_cost="streammerge.solve.cost_thin:thin_cost",
+    ranges={"ridge": "[0, inf)", "weight_exponent": "[0, 1]", "top_k": "[0, 1]", "time": "(0, inf)"},
+    checks={"ridge": "streammerge.solve.limits:ridge"},
 )
 def actmat(
     deltas: Deltas,
@@ -33,12 +35,12 @@ def actmat(
     """Merge each matrix so that it acts as every expert does on that expert's inputs.
 
     ridge   strength of the pull towards the anchor, relative to the covariances' mean
-            eigenvalue; only for solver ridge, more than 0
+            eigenvalue; only for solver ridge, and there not 0
     solver  ridge: regularised; pinv: what the paper's code computes; exact: no regularisation;
             top_k: the largest eigenvalues alone; flow: those by gradient flow, ended at `time`
     anchor  what stays where the solver holds back: the experts' mean, the base's weights (base)
             or the sum of the changes; auto: base for pinv, else mean
-    weight_exponent  p in 0 to 1: expert t's covariance counts 1/‖D_t‖^2p
+    weight_exponent  p: expert t's covariance counts 1/‖D_t‖^2p
     top_k   share of the eigenvalues that solvers top_k and flow use; 0 for their participation
             ratio
     time    how long solver flow follows the gradient, in units of one over the trace's share of
@@ -58,8 +60,8 @@ def actmat(
     The other settings span the family: weight_exponent 1 is the repository's later `mons` and WUDI's
     loss, solvers top_k and flow are SWUDI's; see `solve_normal_equations` for the formula.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or a setting out of range.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN
+    and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 from streammerge.solve.outliers import narrow_scores, scores
 
 
@@ -34,9 +33,8 @@ def arcee_fusion(deltas: Deltas, *, compat: Literal["none", "mergekit"] = "none"
     not below 0, and the importances kept in float32. With `compat: mergekit` torch's float32 decides, so that another
     device, or another release of torch, may take over other entries.
 
-    Returns the merged delta, [*shape]. Raises MergeError for more than one model beside the base.
+    Returns the merged delta, [*shape].
     """
-    expect_experts(deltas, "arcee_fusion", 1, 1, "List one model beside `base_model`.")
     important = (narrow_scores if compat == "mergekit" else scores)(deltas).double() >= deltas.seen.threshold
     (delta,) = deltas
     return torch.where(important.view(deltas.shape), delta.dense(), 0.0)

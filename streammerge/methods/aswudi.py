@@ -18,6 +18,7 @@ from streammerge.solve.normal_equations import solve_normal_equations
     cost="streammerge.solve.cost_covariance:aswudi",
     thin="streammerge.solve.thin:aswudi",
     thin_cost="streammerge.solve.cost_thin:thin_cost",
+    ranges={"top_k": "[0, 1]"},
 )
 def aswudi(
     deltas: Deltas,
@@ -41,8 +42,8 @@ def aswudi(
     max(8, √in) units in the last place of the largest, are not counted, where the paper's code raises
     them to 1e-8. The code's other count, Gavish and Donoho's, is not offered.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or a setting out of range.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN
+    and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool

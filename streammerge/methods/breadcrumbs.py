@@ -16,6 +16,8 @@ from streammerge.solve.trim import crumbs_trim
     streams_by="element",
     cost="streammerge.solve.cost_trim:breadcrumbs",
     look="streammerge.solve.trim:BreadcrumbsLook",
+    ranges={"density": "[0, 1]", "gamma": "[0, 1]"},
+    checks={"weight": "streammerge.solve.limits:normalizable"},
 )
 def breadcrumbs(
     deltas: Deltas,
@@ -30,8 +32,8 @@ def breadcrumbs(
     """Add the experts' changes without outliers and small entries.
 
     weight     factor of each expert's change
-    density    share of each expert's entries kept, 0 to 1; at 1 outliers are kept too
-    gamma      share of each expert's entries that are outliers, the largest, 0 to 1
+    density    share of each expert's entries kept; at 1 outliers are kept too
+    gamma      share of each expert's entries that are outliers, the largest
     normalize  divide by the sum of the weights
     lambda     factor of the merged change
     rescale    multiply what is left so that a tensor keeps its sum of magnitudes, in one more reading
@@ -43,7 +45,6 @@ def breadcrumbs(
     magnitudes those of the lower index are the larger, where mergekit leaves them to its sort. Changes in float64
     are ranked as float32 holds them.
 
-    Returns the merged delta, [*shape]. Raises MergeError for a share outside 0 to 1, and where weights to be
-    normalized sum to zero.
+    Returns the merged delta, [*shape].
     """
     return added(deltas, crumbs_trim(deltas, density), deltas.per_expert(weight), normalize=normalize, factor=lambda_)

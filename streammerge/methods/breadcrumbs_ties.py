@@ -16,6 +16,7 @@ from streammerge.solve.trim import crumbs_trim
     streams_by="element",
     cost="streammerge.solve.cost_trim:breadcrumbs",
     look="streammerge.solve.trim:BreadcrumbsLook",
+    ranges={"density": "[0, 1]", "gamma": "[0, 1]"},
 )
 def breadcrumbs_ties(
     deltas: Deltas,
@@ -30,8 +31,8 @@ def breadcrumbs_ties(
     """Add what agrees in sign of the changes without outliers and small entries.
 
     weight     factor of each expert's change, in the vote too
-    density    share of each expert's entries kept, 0 to 1; at 1 outliers are kept too
-    gamma      share of each expert's entries that are outliers, the largest, 0 to 1
+    density    share of each expert's entries kept; at 1 outliers are kept too
+    gamma      share of each expert's entries that are outliers, the largest
     normalize  divide each entry's sum by the weights of the experts that agree on it
     lambda     factor of the merged change
     rescale    multiply what is left so that a tensor keeps its sum of magnitudes, in one more reading
@@ -39,7 +40,7 @@ def breadcrumbs_ties(
     The changes are trimmed, and rescaled, as by `breadcrumbs`; then the sign of Σ w_t D_t is elected, + where it
     is 0, and what agrees is added, as by `ties`. The combination is mergekit's, not the paper's.
 
-    Returns the merged delta, [*shape]. Raises MergeError for a share outside 0 to 1.
+    Returns the merged delta, [*shape].
     """
     changes = thinned(deltas, crumbs_trim(deltas, density))
     return elected(changes, deltas.per_expert(weight), zero=1.0, normalize=normalize).mul_(lambda_)

@@ -18,6 +18,8 @@ from streammerge.solve.election import added
     streams_by="element",
     cost="streammerge.solve.cost_trim:dare",
     look="streammerge.solve.drops:DareLook",
+    ranges={"density": "[0, 1]"},
+    checks={"weight": "streammerge.solve.limits:normalizable"},
 )
 def dare_linear(
     deltas: Deltas,
@@ -32,7 +34,7 @@ def dare_linear(
     """Drop entries of the experts' changes at random, rescale the rest, add.
 
     weight      factor of each expert's change
-    density     probability that an entry of an expert's change is kept, 0 to 1
+    density     probability that an entry of an expert's change is kept
     rescale     make up for what was dropped
     rescale_by  norm: a tensor keeps its sum of magnitudes, in one more reading; probability: divide by density
     normalize   divide by the sum of the weights
@@ -44,8 +46,7 @@ def dare_linear(
     draws depend on the recipe's seed, the tensor's name, the expert's place in the recipe and the entry's index, on
     nothing else; they are not mergekit's.
 
-    Returns the merged delta, [*shape]. Raises MergeError for a density outside 0 to 1, and where weights to be
-    normalized sum to zero.
+    Returns the merged delta, [*shape].
     """
     thin = drop_entries(deltas, Dare(deltas, density), rescale=rescale, rescale_by=rescale_by)
     return added(deltas, thin, deltas.per_expert(weight), normalize=normalize, factor=lambda_)

@@ -18,6 +18,7 @@ from streammerge.solve.election import elected, thinned
     streams_by="element",
     cost="streammerge.solve.cost_trim:dare",
     look="streammerge.solve.drops:DareLook",
+    ranges={"density": "[0, 1]"},
 )
 def dare_ties(
     deltas: Deltas,
@@ -32,7 +33,7 @@ def dare_ties(
     """Drop entries of the changes at random, rescale, add what agrees in sign.
 
     weight      factor of each expert's change, in the vote too
-    density     probability that an entry of an expert's change is kept, 0 to 1
+    density     probability that an entry of an expert's change is kept
     rescale     make up for what was dropped
     rescale_by  norm: a tensor keeps its sum of magnitudes, in one more reading; probability: divide by density
     normalize   divide each entry's sum by the weights of the experts that agree on it

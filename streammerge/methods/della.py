@@ -18,6 +18,8 @@ from streammerge.solve.election import elected, thinned
     streams_by="row",
     cost="streammerge.solve.cost_trim:della",
     look="streammerge.solve.drops:DellaLook",
+    ranges={"density": "[0, 1]", "epsilon": "[0, 1]"},
+    checks={"density": "streammerge.solve.limits:probabilities"},
 )
 def della(
     deltas: Deltas,
@@ -33,7 +35,7 @@ def della(
     """Drop small changes more often than large, average what agrees in sign.
 
     weight      factor of each expert's change, in the vote too
-    density     mean probability that an entry of an expert's change is kept, 0 to 1
+    density     mean probability that an entry of an expert's change is kept
     epsilon     how far that of a row's smallest lies below the mean, and that of its largest above
     rescale     make up for what was dropped
     rescale_by  norm: a tensor keeps its sum of magnitudes, in one more reading; probability: divide by an entry's own
@@ -47,8 +49,7 @@ def della(
     integers, where mergekit's lose digits in bfloat16 from 256 columns on; of equal magnitudes the first is the
     larger. A density of 1 drops nothing. The draws are those described at `dare_linear`, not mergekit's.
 
-    Returns the merged delta, [rows, columns]. Raises MergeError for a density outside 0 to 1, and where density - ε
-    or density + ε is not between them.
+    Returns the merged delta, [rows, columns].
     """
     thin = drop_entries(deltas, Della(deltas, density, epsilon), rescale=rescale, rescale_by=rescale_by)
     return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=1.0, normalize=normalize).mul_(lambda_)

@@ -18,6 +18,8 @@ from streammerge.solve.election import added
     streams_by="row",
     cost="streammerge.solve.cost_trim:della",
     look="streammerge.solve.drops:DellaLook",
+    ranges={"density": "[0, 1]", "epsilon": "[0, 1]"},
+    checks={"weight": "streammerge.solve.limits:normalizable", "density": "streammerge.solve.limits:probabilities"},
 )
 def della_linear(
     deltas: Deltas,
@@ -33,7 +35,7 @@ def della_linear(
     """Drop small changes more often than large, rescale the rest, add.
 
     weight      factor of each expert's change
-    density     mean probability that an entry of an expert's change is kept, 0 to 1
+    density     mean probability that an entry of an expert's change is kept
     epsilon     how far that of a row's smallest lies below the mean, and that of its largest above
     rescale     make up for what was dropped
     rescale_by  norm: a tensor keeps its sum of magnitudes, in one more reading; probability: divide by an entry's own
@@ -42,8 +44,7 @@ def della_linear(
 
     The changes are dropped as by `della`; Δ = λ Σ w_t D_t of what is kept, without a vote.
 
-    Returns the merged delta, [rows, columns]. Raises MergeError for a density outside 0 to 1, where density - ε or
-    density + ε is not between them, and where weights to be normalized sum to zero.
+    Returns the merged delta, [rows, columns].
     """
     thin = drop_entries(deltas, Della(deltas, density, epsilon), rescale=rescale, rescale_by=rescale_by)
     return added(deltas, thin, deltas.per_expert(weight), normalize=normalize, factor=lambda_)

@@ -18,6 +18,8 @@ from streammerge.methods import merge_method
     needs_base=False,
     streams_by="element",
     beside="fisher",
+    ranges={"weight": "[0, inf)"},
+    checks={"weight": "streammerge.solve.limits:some_weight"},
 )
 def fisher(deltas: Deltas, *, weight: PerExpert = 1.0, missing: Literal["error", "mean"] = "error") -> Tensor:
     """Average the experts, each element weighted by its Fisher information.
@@ -31,13 +33,10 @@ def fisher(deltas: Deltas, *, weight: PerExpert = 1.0, missing: Literal["error",
     every F_t; nothing is added here, so that smaller F_t count by their ratios too. The mean is kept while
     experts are added, which neither overflows nor vanishes for F_t of any size.
 
-    Returns the merged delta, [*shape]. Raises MergeError for information that is missing, of another
-    shape, negative or not finite.
+    Returns the merged delta, [*shape]. Raises MergeError for information that is negative or not
+    finite.
     """
     weights = deltas.per_expert(weight)
-    if not all(0.0 <= each < math.inf for each in weights) or not any(weights):
-        shown = ", ".join(f"{each:g}" for each in weights)
-        raise MergeError(f"{quoted(deltas.name)}: the weights are {shown}, expected none below 0 and one above")
     if missing == "mean" and any(deltas.beside(index) is None for index in range(deltas.experts)):
         total = math.fsum(weights)
         return deltas.weighted_sum([each / total for each in weights])
@@ -57,17 +56,7 @@ def fisher(deltas: Deltas, *, weight: PerExpert = 1.0, missing: Literal["error",
 
 def _information(deltas: Deltas, index: int) -> Tensor:
     found = deltas.beside(index)
-    if found is None:
-        raise MergeError(
-            f"{quoted(deltas.name)}: expert {index} has no Fisher information beside it",
-            hint="Collect it, or set `missing: mean` to average such tensors.",
-        )
-    if tuple(found.shape) != tuple(deltas.shape):
-        raise MergeError(
-            f"{quoted(deltas.name)}: the Fisher information beside expert {index} is {list(found.shape)}, "
-            f"expected {list(deltas.shape)}",
-            hint="It has one number for each weight: was it collected from another model?",
-        )
+    assert found is not None, f"expert {index} has no Fisher information beside it"
     information = found.to(deltas.device, deltas.dtype)
     if information.numel() and not (information.min().item() >= 0.0 and information.max().item() < math.inf):
         raise MergeError(

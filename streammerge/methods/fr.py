@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
-from streammerge.errors import MergeError, quoted
 from streammerge.methods import merge_method
 from streammerge.solve.shares import normalized
 
@@ -16,6 +15,8 @@ from streammerge.solve.shares import normalized
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_spectral:frequencies",
+    ranges={"radius": "[0, inf)"},
+    checks={"weight": "streammerge.solve.limits:normalizable"},
 )
 def fr(
     deltas: Deltas,
@@ -40,16 +41,11 @@ def fr(
     models uses radius 0.9, which filters only matrices that are not square.
     This is the part of FREE-Merging that needs no data; its experts and router are not merged weights.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a radius below 0, or
-    where weights to be normalized sum to zero.
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    if not radius >= 0.0:
-        raise MergeError(
-            f"{quoted(deltas.name)}: `radius` is {radius:g}, expected 0 or more", hint="The paper uses 0.7."
-        )
     weights = deltas.per_expert(weight)
     if normalize:
-        weights = normalized(weights, deltas.name)
+        weights = normalized(weights)
     merged = deltas.weighted_sum([share * lambda_ for share in weights])
     rows, columns = deltas.shape
     # twice the distance from the centre, in whole numbers; a real matrix needs only half of its spectrum

@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from streammerge.delta import Deltas
-from streammerge.errors import MergeError, quoted
 from streammerge.methods import merge_method
 
 
@@ -17,23 +16,19 @@ from streammerge.methods import merge_method
     streams_by="element",
     cost="streammerge.solve.cost_geometry:norms",
     look="streammerge.solve.geometry:Norms",
+    ranges={"k": "[0, inf)"},
 )
 def from_(deltas: Deltas, *, k: float = 1.0) -> Tensor:
     """Average the experts' changes, each weighted by a power of its norm.
 
-    k  the power: 0 is the average, and the more, the more do large changes count; 0 or more
+    k  the power: 0 is the average, and the more, the more do large changes count
 
     Δ = Σ ‖D_t‖ᵏ D_t / Σ ‖D_t‖ᵏ for each tensor, the minimiser of Σ ‖D_t‖ᵏ ‖Δ - D_t‖². The paper tunes k, and its
     default here is ours; its variant for LoRA factors is not this one. With k > 0 experts that did not change a
     tensor do not count. There is no such method in mergekit.
 
-    Returns the merged delta, [*shape]. Raises MergeError for k < 0.
+    Returns the merged delta, [*shape].
     """
-    if not k >= 0.0:
-        raise MergeError(
-            f"{quoted(deltas.name)}: `from` with k = {k:g}, expected 0 or more",
-            hint="A negative k would give experts that changed nothing all the weight.",
-        )
     if k == 0.0:
         return deltas.weighted_sum([1 / deltas.experts] * deltas.experts)
     largest = max(deltas.seen.norms)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Deltas
-from streammerge.errors import MergeError, quoted
 from streammerge.methods import merge_method
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import EPS32
@@ -19,11 +18,12 @@ from streammerge.solve.polar import polar_product, truncated
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_spectral:iso_cts",
+    ranges={"common_space_fraction": "[0, 1]"},
 )
 def iso_cts(deltas: Deltas, *, common_space_fraction: float = 0.8, lambda_: float = 1.0) -> Tensor:
     """Join the sum's leading directions and each expert's own, at equal strength.
 
-    common_space_fraction  share of the directions that the experts' sum gives, in [0, 1];
+    common_space_fraction  share of the directions that the experts' sum gives;
                            each expert gives an equal part of the others
     lambda                 factor of the merged change
 
@@ -35,13 +35,8 @@ def iso_cts(deltas: Deltas, *, common_space_fraction: float = 0.8, lambda_: floa
     do not exist are left out of U and V, as in Iso-C, and count as zeros in mean(σ), which is over r;
     the arithmetic is float64.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a fraction outside [0, 1].
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    if not 0.0 <= common_space_fraction <= 1.0:
-        raise MergeError(
-            f"{quoted(deltas.name)}: `common_space_fraction` is {common_space_fraction:g}, expected 0 to 1",
-            hint="The paper uses 0.8.",
-        )
     rows, columns = deltas.shape
     size = min(rows, columns)
     common, own = shared_directions(size, deltas.experts, common_space_fraction)

@@ -15,6 +15,7 @@ from streammerge.solve.geometry import combined, karcher_mean, weights_of
     streams_by="element",
     cost="streammerge.solve.cost_geometry:weight_gram",
     look="streammerge.solve.geometry:WeightGram",
+    ranges={"max_iter": "[0, inf)", "tol": "[0, inf)"},
 )
 def karcher(deltas: Deltas, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     """Average the experts on the sphere: the point nearest to all of them.

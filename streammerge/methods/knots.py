@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streammerge.delta import Deltas, Settings
+from streammerge.delta import Deltas, MethodName, Settings
 from streammerge.methods import merge_method
 from streammerge.methods.inner import inner
 from streammerge.solve.buffers import Buffers
@@ -19,7 +19,7 @@ from streammerge.solve.polar import eigen_, kept, relative_cut
     streams_by="matrix",
     cost="streammerge.methods.inner:knots_cost",
 )
-def knots(deltas: Deltas, *, rule: str = "ties", rule_parameters: Settings = None) -> Tensor:
+def knots(deltas: Deltas, *, rule: MethodName = "ties", rule_parameters: Settings = None) -> Tensor:
     """Merge the changes by any rule, in the basis of their shared directions.
 
     rule             the method that merges the parts: any that needs no data beside the experts
@@ -33,10 +33,9 @@ def knots(deltas: Deltas, *, rule: str = "ties", rule_parameters: Settings = Non
     does so tensor by tensor; nothing beside these matrices is special. Where singular values are equal the
     basis is not unique, and neither is what a rule makes of single elements.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a rule or a parameter
-    that does not exist, and for rules that need data beside the experts or look at the whole model.
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    within = inner("knots", rule, rule_parameters)
+    within = inner("knots", {"rule": rule, "rule_parameters": rule_parameters})
     rows, columns = deltas.shape
     buffers = Buffers(deltas, torch.float64)
     change = buffers.take("change", torch.float64, rows, columns)

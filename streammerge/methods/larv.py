@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from streammerge.delta import Deltas, Settings
+from streammerge.delta import Deltas, MethodName, Settings
 from streammerge.methods import merge_method
 from streammerge.methods.inner import inner
 from streammerge.solve.inner_deltas import ScaledDeltas
@@ -21,7 +21,7 @@ from streammerge.solve.larv import LarvLook
 def larv(
     deltas: Deltas,
     *,
-    rule: str = "ties",
+    rule: MethodName = "ties",
     rule_parameters: Settings = None,
     contrast: float = 0.0,
     conflict: float = 0.0,
@@ -48,10 +48,9 @@ def larv(
     The paper publishes e, that c comes of a commutator, and that two or three tiers do best. Its formula
     of c, its tiers' values and their thresholds we could not find: those here are our choice.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a rule or a parameter
-    that does not exist, and for rules that need data beside the experts or look at the whole model.
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    within = inner("larv", rule, rule_parameters)
+    within = inner("larv", {"rule": rule, "rule_parameters": rule_parameters})
     assert deltas.seen is not None, "scaling takes a look: `Method.merge` sees to it"
     look: LarvLook = deltas.seen
     scale, found = 1.0, look.of(deltas.name)

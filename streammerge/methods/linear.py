@@ -11,7 +11,14 @@ from streammerge.methods import merge_method
 from streammerge.solve.shares import normalized
 
 
-@merge_method(paper="arXiv:2203.05482", needs_base=False, streams_by="element", thin="streammerge.solve.thin:linear")
+@merge_method(
+    paper="arXiv:2203.05482",
+    needs_base=False,
+    streams_by="element",
+    thin="streammerge.solve.thin:linear",
+    checks={"weight": "streammerge.solve.limits:normalizable"},
+    thin_checks={"weight": "streammerge.solve.limits:one_base"},
+)
 def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -> Tensor:
     """Average the experts, weighted.
 
@@ -20,11 +27,11 @@ def linear(deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = True) -
 
     W = Σ w_t W_t / Σ w_t, the "uniform soup" of the paper for equal weights. Computed as a change
     from W_0 (the first expert where there is no base), so that small differences keep their digits.
-    Returns the merged delta, [*shape]. Raises MergeError where weights to be normalized sum to zero.
+    Returns the merged delta, [*shape].
     """
     weights = deltas.per_expert(weight)
     if normalize:
-        weights = normalized(weights, deltas.name)
+        weights = normalized(weights)
     merged = deltas.weighted_sum(weights)
     surplus = math.fsum(weights) - 1.0
     if not normalize and surplus != 0.0:

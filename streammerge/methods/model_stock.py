@@ -9,7 +9,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 from streammerge.solve.panels import gram_rows, per_row, stacked_changes, symmetric
 
 # mergekit's least product of two norms, and the divisor below which its share is 0
@@ -35,11 +34,8 @@ def model_stock(deltas: Deltas, *, filter_wise: bool = False, compat: Literal["n
     to all others. Ours keeps t in [0, 1], where mergekit goes below 0 for c < 0 and has a pole at -1/(N - 1); and
     mergekit divides by no less than 1e-6, which takes small changes, as of norms in RL, back to the base.
 
-    Returns the merged delta, [*shape]. Raises MergeError for fewer than two experts.
+    Returns the merged delta, [*shape].
     """
-    expect_experts(
-        deltas, "model_stock", 2, None, "List two models or more beside `base_model`: the angle is between them."
-    )
     as_mergekit = compat == "mergekit"
     if filter_wise:
         pairs = gram_rows(list(stacked_changes(deltas)))

@@ -17,6 +17,8 @@ from streammerge.solve.shares import normalized
     streams_by="element",
     cost="streammerge.solve.cost_geometry:weight_gram",
     look="streammerge.solve.geometry:WeightGram",
+    ranges={"eps": "[0, inf)"},
+    checks={"weight": "streammerge.solve.limits:normalizable"},
 )
 def multislerp(deltas: Deltas, *, weight: PerExpert = 1.0, normalize_weights: bool = True, eps: float = 1e-8) -> Tensor:
     """Average the experts' directions, weighted, and keep their mean length.
@@ -30,11 +32,11 @@ def multislerp(deltas: Deltas, *, weight: PerExpert = 1.0, normalize_weights: bo
     from the very mean; none is taken here. Vectors of length zero count for the length only. mergekit adds `eps` to
     norms, which matters for changes below it.
 
-    Returns the merged delta, [*shape]. Raises MergeError where weights to be normalized sum to zero.
+    Returns the merged delta, [*shape].
     """
     weights = deltas.per_expert(weight)
     if normalize_weights:
-        weights = normalized(weights, deltas.name)
+        weights = normalized(weights)
     gram = deltas.seen.gram
     if deltas.based:
         _, *shares = unit_mean(changes_of(gram), gram, weights, eps).tolist()

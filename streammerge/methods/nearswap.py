@@ -6,7 +6,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 
 
 @merge_method(paper="arXiv:2403.13257", needs_base=True, streams_by="element", experts=(1, 1))
@@ -16,10 +15,8 @@ def nearswap(deltas: Deltas, *, t: float = 0.0001) -> Tensor:
     t  the largest change of a weight; 0 or less leaves the base
 
     W = W_0 + s D with s = min(t / |D|, 1) and D the change to the one model beside the base, which is D cut to
-    [-t, t]. The paper is mergekit's. Returns the merged delta, [*shape]. Raises MergeError for more than one model
-    beside the base.
+    [-t, t]. The paper is mergekit's. Returns the merged delta, [*shape].
     """
-    expect_experts(deltas, "nearswap", 1, 1, "List one model beside `base_model`.")
     (delta,) = deltas
     largest = max(t, 0.0)
     return delta.dense().clamp_(-largest, largest)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 from streammerge.solve.pair_arc import along_arc
 
 
@@ -42,9 +41,8 @@ def nuslerp(
     else their weights. As in mergekit, whose method this is and whose name for columns is `row_wise`. Angles come
     from float64 inner products. Where one vector is all zero there is no angle and ours goes straight.
 
-    Returns the merged delta, [*shape]. Raises MergeError for other than two experts.
+    Returns the merged delta, [*shape].
     """
-    expect_experts(deltas, "nuslerp", 2, 2, "List two models, beside the one in `base_model` if there is one.")
     first, second = deltas.per_expert(weight)
     t = second / (first + second) if math.fabs(first + second) > 1e-6 else 0.5
     grain = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"

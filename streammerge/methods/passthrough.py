@@ -6,7 +6,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 from streammerge.solve.geometry import combined
 
 
@@ -17,8 +16,6 @@ def passthrough(deltas: Deltas, *, scale: PerExpert = 1.0) -> Tensor:
     scale  factor of the weights
 
     W = scale · W_1, whether or not there is a base model; the paper is mergekit's. Returns the merged delta, [*shape].
-    Raises MergeError for more than one model.
     """
-    expect_experts(deltas, "passthrough", 1, 1, "List one model, or take `rules` to treat tensors differently.")
     (factor,) = deltas.per_expert(scale)
     return combined(deltas, factor - 1.0, [factor])

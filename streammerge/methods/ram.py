@@ -9,7 +9,12 @@ from streammerge.methods import merge_method
 from streammerge.solve.sharing import merge_by_sharing
 
 
-@merge_method(paper="arXiv:2601.13572", needs_base=True, streams_by="element")
+@merge_method(
+    paper="arXiv:2601.13572",
+    needs_base=True,
+    streams_by="element",
+    ranges={"epsilon": "[0, inf)"},
+)
 def ram(deltas: Deltas, *, epsilon: float = 1e-5) -> Tensor:
     """Average entries that several experts changed, keep those that one did.
 

@@ -15,6 +15,7 @@ from streammerge.solve.sharing import merge_by_sharing
     streams_by="element",
     cost="streammerge.solve.cost_geometry:counts",
     look="streammerge.solve.sharing:SharingLook",
+    ranges={"epsilon": "[0, inf)"},
 )
 def ramplus_tl(deltas: Deltas, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Tensor:
     """Average entries that several experts changed, amplify those that one did.

@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
-from streammerge.errors import MergeError, quoted
 from streammerge.methods import merge_method
 from streammerge.solve.covariances import Measured
 from streammerge.solve.normal_equations import solve_by
@@ -21,6 +20,8 @@ from streammerge.solve.rule import Rule
     streams_by="matrix",
     cost="streammerge.solve.cost_covariance:regmean",
     beside="covariance",
+    ranges={"weight": "[0, inf)", "reduce": "[0, 1]", "ridge": "[0, inf)"},
+    checks={"weight": "streammerge.solve.limits:some_weight", "ridge": "streammerge.solve.limits:ridge"},
 )
 def regmean(
     deltas: Deltas,
@@ -34,7 +35,7 @@ def regmean(
     """Merge each matrix by least squares on the inputs that each expert saw.
 
     weight   factor of each expert's covariance; only ratios matter
-    reduce   factor of the covariances' entries off the diagonal, 0 to 1
+    reduce   factor of the covariances' entries off the diagonal
     solver   exact: no regularisation; ridge: pulled towards the experts' mean; pinv: without
              eigenvalues up to in·2⁻²³ of the largest
     ridge    strength of that pull, relative to the covariances' mean eigenvalue
@@ -48,14 +49,9 @@ def regmean(
     that of all of them.
 
     Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a covariance that
-    is missing, of another shape or not finite, and for a setting out of range.
+    is not finite.
     """
     weights = deltas.per_expert(weight)
-    if not all(0.0 <= each < math.inf for each in weights) or not any(weights):
-        shown = ", ".join(f"{each:g}" for each in weights)
-        raise MergeError(f"{quoted(deltas.name)}: the weights are {shown}, expected none below 0 and one above")
-    if not 0.0 <= reduce <= 1.0:
-        raise MergeError(f"reduce is {reduce}, expected 0 to 1")
     if missing == "mean" and any(deltas.beside(index) is None for index in range(deltas.experts)):
         deltas.note(solver="mean", form="none")
         total = math.fsum(weights)

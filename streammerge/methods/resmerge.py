@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Deltas
-from streammerge.errors import MergeError, quoted
 from streammerge.methods import merge_method
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.polar import relative_cut, truncated
@@ -25,13 +24,14 @@ _CHANCE = 1.0 + 1e-9
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_spectral:residual",
+    ranges={"head_rank": "[1, inf)"},
 )
 def resmerge(
     deltas: Deltas, *, head_rank: int = 1, beta_min: float = 0.7, beta_max: float = 1.0, head_ratio: float = 0.2
 ) -> Tensor:
     """Merge what lies beside each expert's leading direction, then add that back.
 
-    head_rank   how many leading singular directions make an expert's head, 1 or more
+    head_rank   how many leading singular directions make an expert's head
     beta_min    exponent of the residuals' coherence where they agree
     beta_max    exponent where they oppose each other, and outside attention and feed-forward layers
     head_ratio  norm of the heads' part beside the residuals', where the heads agree
@@ -46,12 +46,8 @@ def resmerge(
     arithmetic is float64, and every product of residuals comes from the one running sum.
     As there, one expert does not come back, and changes of rank `head_rank` vanish.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a head_rank below 1.
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    if head_rank < 1:
-        raise MergeError(
-            f"{quoted(deltas.name)}: `head_rank` is {head_rank}, expected 1 or more", hint="The paper uses 1."
-        )
     rows, columns = deltas.shape
     most, cut = min(head_rank, rows, columns), relative_cut(rows, columns)
     buffers = Buffers(deltas, torch.float64)

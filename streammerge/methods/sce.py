@@ -17,6 +17,7 @@ from streammerge.solve.selection import erased
     streams_by="element",
     cost="streammerge.solve.cost_geometry:sce",
     look="streammerge.solve.selection:SceLook",
+    ranges={"select_topk": "[0, 1]"},
 )
 def sce(deltas: Deltas, *, select_topk: float = 1.0, compat: Literal["none", "mergekit"] = "none") -> Tensor:
     """Average the changes that agree in sign, weighted by each expert's energy.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from streammerge.delta import Deltas
 from streammerge.methods import merge_method
-from streammerge.solve.counts import expect_experts
 from streammerge.solve.geometry import NEARLY_PARALLEL, arc, combined, wedge
 
 
@@ -31,11 +30,8 @@ def slerp(deltas: Deltas, *, t: float = 0.5, compat: Literal["none", "mergekit"]
     |cos θ| > 0.9995, which fine-tuned weights nearly always reach. Computed as a change from W_0, the angle from the
     float64 inner products of W_0 and W_1 - W_0. Where one tensor is all zero there is no angle and ours goes straight.
 
-    Returns the merged delta, [*shape]. Raises MergeError for more than one model beside the base.
+    Returns the merged delta, [*shape].
     """
-    expect_experts(
-        deltas, "slerp", 1, 1, "List one model beside `base_model`; `multislerp` and `karcher` merge several."
-    )
     base, cross, moved = deltas.seen.gram[0, 0], deltas.seen.gram[0, 1], deltas.seen.gram[1, 1]
     surplus, share = arc(
         (base, base + 2 * cross + moved),

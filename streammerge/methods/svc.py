@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streammerge.delta import Deltas, Settings
-from streammerge.errors import MergeError, quoted
+from streammerge.delta import Deltas, MethodName, Settings
 from streammerge.methods import merge_method
 from streammerge.methods.inner import inner
 from streammerge.solve.buffers import Buffers
@@ -18,13 +17,14 @@ from streammerge.solve.polar import relative_cut, truncated
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.methods.inner:svc_cost",
+    ranges={"alpha": "(0, inf)"},
 )
-def svc(deltas: Deltas, *, rule: str = "ties", rule_parameters: Settings = None, alpha: float = 1.0) -> Tensor:
+def svc(deltas: Deltas, *, rule: MethodName = "ties", rule_parameters: Settings = None, alpha: float = 1.0) -> Tensor:
     """Merge by any rule, then calibrate the strength of each direction.
 
     rule             the method that merges first: any that needs no data beside the experts
     rule_parameters  that method's parameters, as a mapping
-    alpha            least projection counted for an expert, more than 0; the paper's code has 1, and
+    alpha            least projection counted for an expert; the paper's code has 1, and
                      0.1 to 0.2 after averages, task arithmetic, TIES and Iso
 
     Δ = U Σ Vᵀ is what the rule gives. For each left direction u_r with a_t = u_rᵀD_t and a = u_rᵀΔ the
@@ -34,17 +34,13 @@ def svc(deltas: Deltas, *, rule: str = "ties", rule_parameters: Settings = None,
     ‖a_t‖ is at most 2⁻²³ of ‖D_t‖, in place of a floor of 1e-12 under ‖a_t‖². Where singular values are
     equal the directions are not unique, and neither is the result.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for an alpha of 0 or less,
-    for a rule or a parameter that does not exist, and for rules that need data beside the experts or look
-    at the whole model.
+    Returns the merged delta, [out, in] in the stream's dtype.
     """
-    if not alpha > 0.0:
-        raise MergeError(f"{quoted(deltas.name)}: `alpha` is {alpha:g}, expected more than 0", hint="The paper uses 1.")
     rows, columns = deltas.shape
     size = min(rows, columns)
     buffers = Buffers(deltas, torch.float64)
     merged = buffers.take("merged", torch.float64, rows, columns)
-    merged.copy_(inner("svc", rule, rule_parameters).merge(deltas))
+    merged.copy_(inner("svc", {"rule": rule, "rule_parameters": rule_parameters}).merge(deltas))
     left = buffers.take("left", torch.float64, size, rows)
     along = buffers.take("along", torch.float64, size, columns)
     rank = len(truncated(merged, left, along, buffers))

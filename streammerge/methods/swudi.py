@@ -18,6 +18,7 @@ from streammerge.solve.normal_equations import solve_normal_equations
     cost="streammerge.solve.cost_covariance:swudi",
     thin="streammerge.solve.thin:swudi",
     thin_cost="streammerge.solve.cost_thin:thin_cost",
+    ranges={"time": "(0, inf)", "top_k": "[0, 1]"},
 )
 def swudi(
     deltas: Deltas,
@@ -45,8 +46,8 @@ def swudi(
     not change a matrix do not count in it, and where T·out ≤ in the spectrum is that of the smaller
     system.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or a setting out of range.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN
+    and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool

@@ -16,6 +16,14 @@ from streammerge.solve.normal_equations import solve_normal_equations
     needs_base=True,
     streams_by="matrix",
     cost="streammerge.solve.cost_covariance:tact",
+    ranges={
+        "density": "(0, 1]",
+        "ridge": "[0, inf)",
+        "weight_exponent": "[0, 1]",
+        "top_k": "[0, 1]",
+        "time": "(0, inf)",
+    },
+    checks={"ridge": "streammerge.solve.limits:ridge"},
 )
 def tact(
     deltas: Deltas,
@@ -35,12 +43,12 @@ def tact(
     density  share of each change's entries that its covariance is made of, by magnitude
     center   subtract each column's mean from them first: with density 1 the repository's `ace`
     ridge    strength of the pull towards the anchor, relative to the covariances' mean
-             eigenvalue; only for solver ridge, more than 0
+             eigenvalue; only for solver ridge, and there not 0
     solver   ridge: regularised; pinv: what the paper's code computes; exact: no regularisation;
              top_k: the largest eigenvalues alone; flow: those by gradient flow, ended at `time`
     anchor   what stays where the solver holds back: the experts' mean, the base's weights (base)
              or the sum of the changes; auto: base for pinv, else mean
-    weight_exponent  p in 0 to 1: expert t's covariance counts 1/‖D_t‖^2p
+    weight_exponent  p: expert t's covariance counts 1/‖D_t‖^2p
     top_k    share of the eigenvalues that solvers top_k and flow use; 0 for their participation
              ratio
     time     how long solver flow follows the gradient, in units of one over the trace's share of
@@ -54,8 +62,8 @@ def tact(
     changes outside the inputs that the F_t span is lost with pinv and anchor base, so one expert does
     not come back; with the mean for an anchor it does. Density 1 without `center` is actmat.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or a setting out of range.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN
+    and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool

@@ -10,7 +10,11 @@ from streammerge.solve.shares import normalized
 
 
 @merge_method(
-    paper="arXiv:2212.04089", needs_base=True, streams_by="element", thin="streammerge.solve.thin:task_arithmetic"
+    paper="arXiv:2212.04089",
+    needs_base=True,
+    streams_by="element",
+    thin="streammerge.solve.thin:task_arithmetic",
+    checks={"weight": "streammerge.solve.limits:normalizable"},
 )
 def task_arithmetic(
     deltas: Deltas, *, weight: PerExpert = 1.0, normalize: bool = False, lambda_: float = 1.0
@@ -22,9 +26,9 @@ def task_arithmetic(
     lambda     factor of the merged change
 
     Δ = λ Σ w_t Δ_t. The paper tunes one λ on held-out data for equal weights; nothing is tuned here.
-    Returns the merged delta, [*shape]. Raises MergeError where weights to be normalized sum to zero.
+    Returns the merged delta, [*shape].
     """
     weights = deltas.per_expert(weight)
     if normalize:
-        weights = normalized(weights, deltas.name)
+        weights = normalized(weights)
     return deltas.weighted_sum([share * lambda_ for share in weights])

@@ -18,6 +18,8 @@ from streammerge.solve.trim import ties_trim
     streams_by="element",
     cost="streammerge.solve.cost_trim:ties",
     look="streammerge.solve.trim:TiesLook",
+    ranges={"density": "[0, 1]"},
+    one_for_all=("density", "rescale", "keep", "cancelled"),
 )
 def ties(
     deltas: Deltas,
@@ -34,7 +36,7 @@ def ties(
     """Average the large, sign-agreeing parts of the experts' changes.
 
     weight     factor of each expert's change, in the vote too
-    density    share of each expert's entries kept, the largest, 0 to 1
+    density    share of each expert's entries kept, the largest
     normalize  divide each entry's sum by the weights of the experts that agree on it
     lambda     factor of the merged change
     trim       density is a share of each tensor's entries, or of the whole model's
@@ -54,9 +56,8 @@ def ties(
     With `rescale`, before the vote, an expert's trimmed change of each tensor is multiplied by Σ|D_t| / Σ|trimmed D_t|,
     unless nothing is left of it; tensor by tensor where `trim` is model, too. So does mergekit, not the paper.
 
-    Returns the merged delta, [*shape]. Raises MergeError for a density outside 0 to 1, and where `trim` is model for
-    a density or a `rescale` that differs between tensors.
+    Returns the merged delta, [*shape].
     """
-    thin, majority = ties_trim(deltas, density, cancelled, rescale=rescale)
+    thin, majority = ties_trim(deltas, density, cancelled)
     zero = {"plus": 1.0, "none": 0.0, "majority": majority}[cancelled]
     return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=zero, normalize=normalize).mul_(lambda_)

@@ -7,7 +7,6 @@ from typing import Literal
 from torch import Tensor
 
 from streammerge.delta import Deltas
-from streammerge.errors import MergeError
 from streammerge.methods import merge_method
 from streammerge.solve.descent import descend
 from streammerge.solve.normal_equations import solve_normal_equations
@@ -20,6 +19,8 @@ from streammerge.solve.normal_equations import solve_normal_equations
     cost="streammerge.solve.cost_covariance:wudi",
     thin="streammerge.solve.thin:wudi",
     thin_cost="streammerge.solve.cost_thin:thin_cost",
+    ranges={"ridge": "[0, inf)", "iterations": "[0, inf)", "learning_rate": "(0, inf)"},
+    checks={"ridge": "streammerge.solve.limits:ridge"},
 )
 def wudi(
     deltas: Deltas,
@@ -53,13 +54,11 @@ def wudi(
     moves by about learning_rate·iterations at most, 3e-3 in the paper's setting.
     Experts that did not change a matrix are left out, where the code divides by zero.
 
-    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN, an
-    infinity, or a setting out of range.
+    Returns the merged delta, [out, in] in the stream's dtype. Raises MergeError for a NaN
+    and an infinity.
     """
     # by the planner: what comes here is stacked already
     del pool
-    if iterations < 0:
-        raise MergeError(f"iterations is {iterations}, expected 0 or more")
     if iterations:
         merged = descend(deltas, iterations=iterations, learning_rate=learning_rate)
     else:

@@ -37,10 +37,6 @@ _NO_DIRECTION = 1e-7
 
 def solve_ace(deltas: Deltas, *, epsilon: float, threshold: float, k_frac: float, compat: Compat) -> Tensor:
     """The merged change of one matrix by `methods.ace`, whose words these are; [out, in] in `deltas.dtype`."""
-    if not 0.0 < epsilon < math.inf:
-        raise MergeError(f"epsilon is {epsilon}, expected more than 0")
-    if not 0.0 <= k_frac <= 1.0:
-        raise MergeError(f"k_frac is {k_frac}, expected 0 to 1")
     with fast_matmul() if deltas.device.type == "cpu" else nullcontext():
         return _Ace(deltas, epsilon, threshold, k_frac, compat).merged()
 
@@ -200,12 +196,6 @@ class _Ace:
         """Add σ̄ U_k V_kᵀ of the top directions of Δ + R, R = Σ D_t(Σ̃_t - Σ̄) with whole D_t."""
         size = min(self.rows, self.columns)
         top = int(size * self.k_frac)
-        if self.paper and not top:
-            raise MergeError(
-                f"{quoted(self.deltas.name)}: {self.k_frac} of {size} singular directions are none, and the paper's "
-                "formula has no value",
-                hint="Set `compat: none`, which refines at least one.",
-            )
         take, shape = self.buffers.take, (self.rows, self.columns)
         change, factor = take("delta", torch.float64, *shape), take("factor", torch.float64, *shape)
         total, rest = take("sum", torch.float64, *shape).zero_(), take("right", torch.float64, *shape).zero_()

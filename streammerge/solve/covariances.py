@@ -72,18 +72,12 @@ class Measured(Own):
     def look(self) -> tuple[list[float], int]:
         """w_t tr(C_t) of every expert, and how many inputs any of them saw.
 
-        Raises MergeError for a C_t that is missing, of another shape, or no covariance.
+        Raises MergeError for a C_t that is no covariance.
         """
         traces, columns = [], self._deltas.shape[1]
         seen = torch.zeros(columns, dtype=torch.bool, device=self._deltas.device)
         for index, weight in enumerate(self.weights):
             covariance = self._of(index)
-            if tuple(covariance.shape) != (columns, columns):
-                raise MergeError(
-                    f"{quoted(self._deltas.name)}: the covariance beside expert {index} is "
-                    f"{list(covariance.shape)}, expected {[columns, columns]}",
-                    hint="Covariances are of a layer's inputs, one for each column of its weight.",
-                )
             diagonal = covariance.diagonal().double()
             # what is not finite reaches the norm, and nothing else does
             size = torch.linalg.vector_norm(covariance, math.inf).item()
@@ -109,11 +103,7 @@ class Measured(Own):
 
     def _of(self, index: int) -> Tensor:
         covariance = self._deltas.beside(index)
-        if covariance is None:
-            raise MergeError(
-                f"{quoted(self._deltas.name)}: expert {index} has no covariance beside it",
-                hint="Collect it, or set `missing: mean` to average such tensors.",
-            )
+        assert covariance is not None, f"expert {index} has no covariance beside it"
         return covariance
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Deltas
-from streammerge.errors import MergeError
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.survey import survey
 from streammerge.solve.systems import primal
@@ -24,10 +23,8 @@ def descend(deltas: Deltas, *, iterations: int, learning_rate: float) -> Tensor:
     """Take Adam's steps on Σ ‖(Δ - D_t) D_tᵀ‖² / ‖D_t‖² from Δ = Σ D_t; [out, in] in `deltas.dtype`.
 
     The gradient 2(ΔA - N) is that of the loss in the weights' own units, whatever the system is scaled by.
-    Experts without a change are left out. Raises MergeError for a NaN, an infinity, and a rate ≤ 0.
+    Experts without a change are left out. Raises MergeError for a NaN and an infinity.
     """
-    if not 0.0 < learning_rate < math.inf:
-        raise MergeError(f"learning_rate is {learning_rate}, expected more than 0")
     rows, columns = deltas.shape
     dtype, buffers = deltas.dtype, Buffers(deltas, deltas.dtype)
 

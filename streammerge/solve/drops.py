@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streammerge.delta import Delta, Deltas, PerExpert
-from streammerge.solve.cost_trim import norm_is_kept, shares, spans
+from streammerge.solve.cost_trim import norm_is_kept, spans
 from streammerge.solve.election import Thin
 from streammerge.solve.rescale import NormRatios
 from streammerge_kernels.drop import drop_key, keep_mask
@@ -57,7 +57,7 @@ class Dare(Drop):
 
     def __init__(self, deltas: Deltas, density: PerExpert) -> None:
         super().__init__()
-        self._densities = shares(density, deltas.experts)
+        self._densities = deltas.per_expert(density)
 
     def keeps_all(self, index: int) -> bool:
         return self._densities[index] == 1.0

@@ -24,8 +24,8 @@ def thinned(deltas: Deltas, thin: Thin) -> list[Tensor]:
 
 
 def added(deltas: Deltas, thin: Thin, weights: Sequence[float], *, normalize: bool, factor: float) -> Tensor:
-    """factor · Σ w_t D_t of the thinned changes: [*shape]. Raises MergeError for weights that cannot be normalized."""
-    weights = normalized(weights, deltas.name) if normalize else weights
+    """factor · Σ w_t D_t of the thinned changes: [*shape]."""
+    weights = normalized(weights) if normalize else weights
     merged = deltas.zeros(*deltas.shape)
     for change, weight in zip(thinned(deltas, thin), weights, strict=True):
         merged.add_(change, alpha=weight * factor)

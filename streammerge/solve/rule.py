@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from streammerge.errors import MergeError
 from streammerge.solve.terms import Anchor
 
 SolverName = Literal["ridge", "pinv", "exact", "top_k", "flow"]
@@ -25,23 +23,6 @@ class Rule:
     time: float = 300.0
     density: float = 1.0
     center: bool = False
-
-    def check(self) -> None:
-        """Raise MergeError for a number out of range."""
-        for name, value, least, most in (
-            ("weight_exponent", self.weight_exponent, 0.0, 1.0),
-            ("top_k", self.top_k, 0.0, 1.0),
-            ("density", self.density, 0.0, 1.0),
-        ):
-            if not least <= value <= most or (name == "density" and value == 0.0):
-                interval = "more than 0, at most 1" if name == "density" else "0 to 1"
-                raise MergeError(f"{name} is {value}, expected {interval}")
-        if self.solver == "ridge" and not self.ridge > 0.0:
-            raise MergeError(
-                f"ridge is {self.ridge}, expected more than 0", hint="Use `solver: exact` for no ridge at all."
-            )
-        if self.solver == "flow" and not 0.0 < self.time < math.inf:
-            raise MergeError(f"time is {self.time}, expected more than 0", hint="Use `solver: top_k` for all of it.")
 
     @property
     def anchors(self) -> Anchor:

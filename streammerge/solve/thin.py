@@ -77,7 +77,6 @@ def normal_equations(
     """
     del pool
     rule = Rule(solver=solver, **settings)
-    rule.check()
     orthogonal = [_orthogonal(each) for each in deltas.experts]
     deltas.energies = [float(each.right.square().sum()) for each in orthogonal]
     if not all(map(math.isfinite, deltas.energies)):
@@ -134,14 +133,8 @@ def aswudi(
 
 
 def linear(deltas: ThinDeltas, *, weight: PerExpert = 1.0, normalize: bool = True) -> Factors:
-    """The weighted mean of the changes. Raises MergeError for weights that leave more or less than one base."""
-    weights = _weights(deltas, weight, normalize)
-    if abs(math.fsum(weights) - 1.0) > 1e-9:
-        raise MergeError(
-            f"{quoted(deltas.name)}: weights that sum to {math.fsum(weights):g} scale the base, which no adapter does",
-            hint="Set `normalize: true`, or use `task_arithmetic`.",
-        )
-    return _sum(deltas, weights)
+    """The weighted mean of the changes, of weights that leave one base."""
+    return _sum(deltas, _weights(deltas, weight, normalize))
 
 
 def task_arithmetic(
@@ -154,7 +147,7 @@ def task_arithmetic(
 def _weights(deltas: ThinDeltas, weight: PerExpert, normalize: bool) -> list[float]:
     count = len(deltas.experts)
     weights = [float(weight)] * count if isinstance(weight, (int, float)) else [float(each) for each in weight]
-    return normalized(weights, deltas.name) if normalize else weights
+    return normalized(weights) if normalize else weights
 
 
 def _sum(deltas: ThinDeltas, weights: Sequence[float]) -> Factors:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from streammerge.delta import Delta, Deltas, PerExpert
-from streammerge.errors import MergeError, quoted
-from streammerge.solve.cost_trim import CRUMBS_LOOKS, shares, ties_looks
+from streammerge.solve.cost_trim import CRUMBS_LOOKS, ties_looks
 from streammerge.solve.cuts import CutSearch
 from streammerge.solve.election import Thin, balance, thinned
 from streammerge.solve.rescale import NormRatios
@@ -37,7 +36,7 @@ class TiesLook:
         cancelled: str = "plus",
         rescale: bool = False,
     ) -> None:
-        self._densities = shares(density, deltas.experts)
+        self._densities = deltas.per_expert(density)
         self._weights = deltas.per_expert(weight)
         self._searches = [_ties_search(deltas, share, keep) for share in self._densities]
         self._cut_looks = ties_looks(self._densities, keep, "plus", rescale=False)
@@ -52,7 +51,7 @@ class TiesLook:
         if self._ratios and number == self._cut_looks:
             self._ratios.look(deltas, self._trim(deltas))
             return
-        votes = balance(thinned(deltas, self._rescaled_trim(deltas)), self._weights)
+        votes = balance(thinned(deltas, self.trim(deltas)), self._weights)
         self._balance = votes if self._balance is None else self._balance + votes
 
     def finish(self, number: int) -> None:
@@ -63,17 +62,8 @@ class TiesLook:
         elif self._balance is not None:
             self.majority = float(self._balance.sign())
 
-    def trim(self, deltas: Deltas, densities: Sequence[float], *, rescale: bool) -> Thin:
-        """What trims a change. Raises MergeError for other densities, or another `rescale`, than were looked for."""
-        differs = "density" if list(densities) != self._densities else "rescale"
-        if differs == "density" or rescale != self._rescales:
-            raise MergeError(
-                f"{quoted(deltas.name)} has another `{differs}` than other tensors, expected one for the whole model",
-                hint=f"Set `trim: tensor`, or the same `{differs}` for all tensors.",
-            )
-        return self._rescaled_trim(deltas)
-
-    def _rescaled_trim(self, deltas: Deltas) -> Thin:
+    def trim(self, deltas: Deltas) -> Thin:
+        """What trims a change."""
         trim = self._trim(deltas)
         return self._ratios.rescaled(deltas.name, trim) if self._ratios else trim
 
@@ -103,10 +93,9 @@ class BreadcrumbsLook:
         lambda_: float = 1.0,
         rescale: bool = False,
     ) -> None:
-        gammas = shares(gamma, deltas.experts, "gamma")
+        gammas = deltas.per_expert(gamma)
         self._searches = [
-            _crumb_searches(deltas, share, top)
-            for share, top in zip(shares(density, deltas.experts), gammas, strict=True)
+            _crumb_searches(deltas, share, top) for share, top in zip(deltas.per_expert(density), gammas, strict=True)
         ]
         self._ratios = _ratios(self._searches) if rescale else None
 
@@ -144,21 +133,20 @@ def untrimmed(delta: Delta, change: Tensor) -> Tensor:
     return change
 
 
-def ties_trim(deltas: Deltas, density: PerExpert, cancelled: str, *, rescale: bool) -> tuple[Thin, float]:
+def ties_trim(deltas: Deltas, density: PerExpert, cancelled: str) -> tuple[Thin, float]:
     """What trims a change as TIES does, and the majority of the votes."""
-    densities = shares(density, deltas.experts)
     if deltas.seen is None:
-        assert min(densities) == 1.0, _UNSEEN
+        assert min(deltas.per_expert(density)) == 1.0, _UNSEEN
         assert cancelled != "majority", _UNSEEN
         return untrimmed, 0.0
     seen: TiesLook = deltas.seen
-    return seen.trim(deltas, densities, rescale=rescale), seen.majority
+    return seen.trim(deltas), seen.majority
 
 
 def crumbs_trim(deltas: Deltas, density: PerExpert) -> Thin:
     """What leaves of a change what Model Breadcrumbs keeps."""
     if deltas.seen is None:
-        assert min(shares(density, deltas.experts)) == 1.0, _UNSEEN
+        assert min(deltas.per_expert(density)) == 1.0, _UNSEEN
         return untrimmed
     seen: BreadcrumbsLook = deltas.seen
     return seen.trim(deltas)

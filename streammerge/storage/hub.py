@@ -34,8 +34,11 @@ _MOST_HEADS = 1000
 _SHARD = re.compile(r"-of-\d+\.safetensors$")
 # read by range where they lie; all else is small, and fetched whole
 _RANGED = (".safetensors", ".bin", ".pt", ".pth")
+# weights, configs and tokenizers
+_RUN_WITH = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
 _RETRY_SECONDS = (1.0, 4.0, 16.0)
 _TIMEOUT_SECONDS = 30.0
+_GO_ONLINE = "Unset `HF_HUB_OFFLINE` to fetch it, or name a local folder."
 _LOG_IN = "For a private or gated model log in with `hf auth login`, or set `HF_TOKEN`."
 
 
@@ -113,6 +116,14 @@ class HubStorage:
     def cache_folder(self, location: str) -> str:
         """Where fetched files are kept."""
         return str(self._cache_path())
+
+    def downloaded(self, location: str) -> str:
+        """A folder of the cache that holds all of a model that makes it run: no weights but safetensors, no code."""
+        snapshot = self._snapshot(location)
+        for name in snapshot.files:
+            if name.endswith(_RUN_WITH):
+                self.arrived(location, name)
+        return str(snapshot.folder)
 
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         """Fetch these files in this order, beside what else happens, at most `ahead` of them unread."""
@@ -194,9 +205,14 @@ class HubStorage:
         if not _COMMIT.fullmatch(commit) or not folder.is_dir():
             raise CheckpointError(
                 f"{quoted(location)} is no folder here and not in the hub's cache, and `HF_HUB_OFFLINE` is set",
-                hint="Unset `HF_HUB_OFFLINE` to fetch it, or name a local folder.",
+                hint=_GO_ONLINE,
             )
         files = {name: _Listed(facts.size, None) for name, facts in self._local.files(str(folder)).items()}
+        # a plan keeps the small files alone
+        if not any(name.endswith(_RANGED) for name in files):
+            raise CheckpointError(
+                f"{quoted(location)} has no weights in the hub's cache, and `HF_HUB_OFFLINE` is set", hint=_GO_ONLINE
+            )
         return _Snapshot(repo, commit, folder, files)
 
     def _cache_path(self) -> Path:

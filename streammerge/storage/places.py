@@ -35,6 +35,9 @@ class Fetching(Storage, Protocol):
     def cache_folder(self, location: str) -> str:
         """Where what is fetched of a model is kept."""
 
+    def downloaded(self, location: str) -> str:
+        """A folder here that holds all of a model."""
+
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         """Fetch files in this order, at most `ahead` that nobody reads yet."""
 
@@ -78,6 +81,11 @@ class Places:
         """Where what is fetched of a model is kept; the model's own place, if nothing is."""
         storage = self._of(location)
         return storage.cache_folder(location) if isinstance(storage, Fetching) else location
+
+    def downloaded(self, location: str) -> str:
+        """A folder here that holds all of a model: its own, or where it was fetched to."""
+        storage = self._of(location)
+        return storage.downloaded(location) if isinstance(storage, Fetching) else location
 
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         """Fetch files in this order."""

@@ -35,9 +35,9 @@ class RemoteStorage:
 
     def files(self, location: str) -> dict[str, FileFacts]:
         """The objects right below a prefix."""
+        store = self._store(location)
         import obstore
 
-        store = self._store(location)
         with _errors(location):
             objects = obstore.list_with_delimiter(store)["objects"]
         if not objects:
@@ -75,7 +75,13 @@ class RemoteStorage:
             return memoryview(obstore.get(self._store(location), name, options=options).bytes())  # type: ignore[arg-type]
 
     def _store(self, location: str) -> Any:
-        if not location.startswith(_SCHEMES) or {"@", "?", "#"} & {*location}:
+        if not location.startswith(_SCHEMES):
+            raise CheckpointError(
+                f"{quoted(location.partition('://')[0] + '://')} is no place that models are read from, expected "
+                "`s3://` or `gs://`",
+                hint="Fetch the model into a folder, and name that.",
+            )
+        if {"@", "?", "#"} & {*location}:
             # not quoted: what is not meant to be there may be a secret
             raise CheckpointError(
                 "a model's URL has the form `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`, and holds no credentials",

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.breadcrumbs import breadcrumbs
 from streammerge.methods.breadcrumbs_ties import breadcrumbs_ties
 from streammerge.methods.task_arithmetic import task_arithmetic
@@ -153,20 +152,11 @@ def test_of_one_entry_a_share_below_one_keeps_none(shape):
     assert not result.any()
 
 
-def test_shares_are_checked_before_anything_is_read():
+def test_cuts_take_looks_where_anything_is_dropped():
     cost = described(breadcrumbs).cost
-    with pytest.raises(MergeError, match="`gamma` is -1, expected a number from 0 to 1"):
-        cost((4, 4), 2, {"gamma": -1.0}, 4)
-    with pytest.raises(MergeError, match="`density` is 2, expected"):
-        cost((4, 4), 2, {"density": [2.0, 0.5]}, 4)
     assert (cost((4, 4), 2, {}, 4).looks, cost((4, 4), 2, {"density": 0.5}, 4).looks) == (0, 3)
     assert cost((4, 4), 2, {"rescale": True}, 4).looks == 0
     assert cost((4, 4), 2, {"density": [1.0, 0.5], "rescale": True}, 4).looks == 4
-
-
-def test_weights_that_cancel_cannot_be_normalized():
-    with pytest.raises(MergeError, match="sum to 0 and cannot be normalized"):
-        merged(breadcrumbs, torch.ones(2, 3), weight=[1.0, -1.0], normalize=True)
 
 
 @pytest.mark.parametrize("rule", BOTH)

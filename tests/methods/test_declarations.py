@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from streammerge import methods
-from streammerge.delta import Deltas, PerExpert, Settings
+from streammerge.delta import Deltas, MethodName, PerExpert, Settings
 from streammerge.solve.cost import Cost
 
 
@@ -29,6 +29,8 @@ def test_a_declaration_read_from_source_agrees_with_the_function(name):
             assert described.choices == typing.get_args(hint)
         elif hint == Settings:
             assert described.type == "settings"
+        elif described.type == "method":
+            assert hint is MethodName
         elif not described.per_expert:
             assert described.type == hint.__name__
 

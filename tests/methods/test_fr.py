@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.fr import fr
 from tests.solve.changes import relative_error
 
@@ -76,15 +75,3 @@ def test_fr_does_not_turn_with_its_outputs_and_does_not_give_back_an_expert():
     turn = torch.linalg.qr(random(1, (12, 12), 3)[0])[0]
     assert relative_error(merged(turn @ change), turn @ merged(change)) > 0.01
     assert relative_error(merged(change, radius=0.5, lambda_=1.0), change[0]) > 0.01
-
-
-@pytest.mark.parametrize("radius", [-0.1, float("nan")])
-def test_a_negative_radius_is_refused(radius):
-    with pytest.raises(MergeError, match="expected 0 or more") as error:
-        merged(random(1, (3, 3)), radius=radius)
-    assert error.value.hint
-
-
-def test_weights_that_cancel_cannot_be_normalized():
-    with pytest.raises(MergeError, match="cannot be normalized"):
-        merged(random(2, (3, 3)), weight=[1.0, -1.0], normalize=True)

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.from_ import from_
 from streammerge.solve.panels import PANEL
 from tests.blocks import described, merged_by_blocks
@@ -78,9 +77,3 @@ def test_the_bytes_do_not_depend_on_the_blocks():
     whole = described(from_).merge(TensorDeltas(base, experts), k=1.5)
     for panels in (1, 3):
         assert torch.equal(whole, merged_by_blocks(from_, base, experts, panels * PANEL, backwards=True, k=1.5))
-
-
-def test_a_negative_power_is_refused():
-    with pytest.raises(MergeError, match=r"`tensor`: `from` with k = -1, expected 0 or more") as raised:
-        merged(torch.randn(2, 3), k=-1.0)
-    assert raised.value.hint

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from streammerge import methods, stream
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
-from streammerge.methods.inner import inner, larv_cost
+from streammerge.methods.inner import larv_cost
 from streammerge.solve.larv import LarvLook, standardised
 from tests.blocks import model_merged_by_blocks
 from tests.models import llama_tensors
@@ -202,12 +201,6 @@ def test_nothing_depends_on_the_size_or_the_order_of_the_changes():
     for order, size in (([1, 2, 0], 1.0), ([0, 1, 2], 1e-3)):
         other = of(order, size)
         assert all(relative_error(other[name] / size, first[name]) < 1e-9 for name in base)
-
-
-@pytest.mark.parametrize("wrapper", ["svc", "knots", "larv"])
-def test_what_looks_at_the_whole_model_cannot_be_wrapped(wrapper):
-    with pytest.raises(MergeError, match=f"`{wrapper}` cannot wrap `larv`, which looks at the whole model first"):
-        inner(wrapper, "larv", None)
 
 
 def test_scaling_without_a_look_is_a_mistake():

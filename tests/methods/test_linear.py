@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.linear import linear
 
 
@@ -53,14 +52,6 @@ def test_a_soup_keeps_digits_that_a_sum_of_weights_would_lose():
     base = torch.full((100,), 1000.0)
     experts = [base + 2.0**-14 * k for k in (1, 2, 3)]
     assert torch.equal(soup(None, experts), base + 2.0**-13)
-
-
-@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.1, 0.2, -0.3], [0.0, 0.0]], ids=str)
-def test_weights_that_cancel_cannot_be_normalized(weights):
-    experts = list(torch.randn(len(weights), 6, 4))
-    with pytest.raises(MergeError, match=r"`layer.weight`: the weights .* cannot be normalized") as raised:
-        soup(None, experts, weight=weights)
-    assert "normalize: false" in raised.value.hint
 
 
 def test_float64_experts_are_averaged_in_float64():

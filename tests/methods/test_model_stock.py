@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.model_stock import model_stock
 from tests.blocks import described, merged_by_blocks
 
@@ -119,9 +118,3 @@ def test_small_changes_are_merged_where_mergekit_goes_back_to_the_base():
     # its cosine is |D_1| |D_2| / 1e-6 of what it should be
     torch.testing.assert_close(merged(small, compat="mergekit")[0].item(), 0.019802e-4, rtol=1e-4, atol=0)
     assert torch.equal(merged(changes, compat="mergekit"), merged(changes))
-
-
-def test_a_single_expert_has_no_angle():
-    with pytest.raises(MergeError, match=r"`tensor`: `model_stock` merges at least 2, found 1 experts") as raised:
-        merged([[1.0, 2.0]], filter_wise=True)
-    assert "two models or more" in raised.value.hint

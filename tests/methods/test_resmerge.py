@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.resmerge import resmerge
 from tests.solve.changes import relative_error
 
@@ -119,9 +118,3 @@ def test_the_report_says_how_far_experts_agree():
     resmerge(deltas)
     assert 0.5 < deltas.facts["coherence"] <= 1.0
     assert 0.0 <= deltas.facts["head_agreement"] <= 1.0
-
-
-def test_a_head_without_a_direction_is_refused():
-    with pytest.raises(MergeError, match="expected 1 or more") as error:
-        merged(related(2, (3, 3)), head_rank=0)
-    assert error.value.hint

@@ -87,7 +87,14 @@ def woven(fake: Path) -> Method:
 
 
 def parameter(name: str, **facts: Any) -> Parameter:
-    rest: Mapping[str, Any] = {"keyword": name, "choices": (), "per_expert": False, "summary": "", **facts}
+    rest: Mapping[str, Any] = {
+        "method": "woven",
+        "keyword": name,
+        "choices": (),
+        "per_expert": False,
+        "summary": "",
+        **facts,
+    }
     return Parameter(name=name, **rest)
 
 
@@ -188,5 +195,6 @@ def test_the_methods_text_says_what_the_declaration_says(name: str) -> None:
     for each in method.parameters.values():
         line = next(line for line in text.splitlines() if line.startswith(f"  {each.name} "))
         assert each.summary in line
-        assert f"default {each.default}" in line
+        interval = f"; {each.interval}" if each.interval else ""
+        assert f"{interval}; default {each.default}" in line
         assert line.endswith(", per model") == each.per_expert

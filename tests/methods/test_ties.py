@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.task_arithmetic import task_arithmetic
 from streammerge.methods.ties import ties
 from streammerge.solve.panels import PANEL
@@ -264,25 +263,6 @@ def test_the_majority_is_that_of_the_rescaled_changes():
         deltas = TensorDeltas(torch.zeros(6), list(changes))
         described(ties).merge(deltas, rescale=rescale, **options)
         assert deltas.seen.majority == majority
-
-
-def test_a_share_that_is_none_is_refused_before_anything_is_read():
-    for density in (-0.1, 1.5, [0.5, 2.0], float("nan")):
-        with pytest.raises(MergeError, match=r"`density` is .*, expected a number from 0 to 1"):
-            described(ties).cost((4, 4), 2, {"density": density}, 4)
-    with pytest.raises(MergeError, match="expected a number from 0 to 1"):
-        merged(torch.ones(2, 3), density=1.5)
-
-
-def test_one_model_is_trimmed_to_one_density():
-    changes = torch.ones(2, 6)
-    deltas = TensorDeltas(torch.zeros(6), list(changes), name="layer.weight")
-    deltas.seen = described(ties).look(deltas, {"density": 0.5, "trim": "model"})
-    with pytest.raises(MergeError, match=r"`layer\.weight` has another `density`"):
-        ties(deltas, density=0.25, trim="model")
-    with pytest.raises(MergeError, match=r"`layer\.weight` has another `rescale`") as caught:
-        ties(deltas, density=0.5, trim="model", rescale=True)
-    assert "the same `rescale`" in caught.value.hint
 
 
 @pytest.mark.parametrize(

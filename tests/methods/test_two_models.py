@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from streammerge.delta import TensorDeltas
-from streammerge.errors import MergeError
 from streammerge.methods.arcee_fusion import arcee_fusion
 from streammerge.methods.nearswap import nearswap
 from streammerge.methods.passthrough import passthrough
@@ -164,12 +163,3 @@ def test_as_mergekit_the_bytes_do_not_depend_on_the_blocks_either(step):
     for block in (1, PANEL, 3 * PANEL):
         cut = merged_by_blocks(arcee_fusion, base, [expert], block, backwards=True, compat="mergekit")
         assert torch.equal(whole, cut)
-
-
-@pytest.mark.parametrize("method", [nearswap, arcee_fusion, passthrough])
-def test_two_models_beside_the_base_are_refused(method):
-    base, *experts = torch.randn(3, 4, 5)
-    deltas = TensorDeltas(base, experts, name="layer.weight")
-    with pytest.raises(MergeError, match=f"`layer.weight`: `{method.__name__}` merges 1, found 2 experts") as raised:
-        described(method).load()(deltas)
-    assert "one model" in raised.value.hint

@@ -152,11 +152,6 @@ def test_a_change_that_has_no_norm_is_refused(bad):
         thin(experts)
 
 
-def test_weights_that_scale_the_base_are_refused():
-    with pytest.raises(MergeError, match="sum to 6 scale the base"):
-        thin(factors(20, 30, (3, 4)), "linear", weight=3.0, normalize=False)
-
-
 @pytest.mark.parametrize("parameters", [{"pool": "inputs"}, {"iterations": 10}])
 def test_settings_without_a_thin_form_have_no_price(parameters):
     assert thin_cost((64, 64), (4, 4), {}, 4) is not None

@@ -330,6 +330,16 @@ def test_offline_a_model_that_was_never_fetched_is_an_error_with_a_hint(hub, sto
     assert not hub.seen
 
 
+def test_offline_a_model_that_was_only_planned_with_has_no_weights(hub, storage, tmp_path, monkeypatch):
+    storage.read("org/base", "config.json", 0, 2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError, match="`org/base` has no weights in the hub's cache, and `HF_HUB_OFF"
+    ) as raised:
+        storage_of(hub, tmp_path).files("org/base")
+    assert "Unset `HF_HUB_OFFLINE`" in raised.value.hint
+
+
 def test_a_link_in_the_cache_that_leaves_it_is_not_read(hub, storage, tmp_path):
     storage.read("org/base", "config.json", 0, 2)
     (tmp_path / "secret").write_bytes(b"x" * storage.files("org/base")["config.json"].size)

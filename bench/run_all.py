@@ -40,6 +40,7 @@ def main() -> None:
     trim(model_set, experts=3)
     for script in ("correctness", "speed", "linear_io", "readers", "checks", "batch"):
         bench(script)
+    bench("hosts")
     trim(model_set, experts=0)
     bench("moe")
     bench("memory", "--case", "actmat-3-deep")

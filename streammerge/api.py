@@ -21,6 +21,7 @@ from streammerge.plan import Plan, check_disk, make_plan
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 from streammerge.storage.places import Fetching, Places
+from streammerge.world import World
 
 if TYPE_CHECKING:
     from streammerge.batching import Group, Night, Outcome, Planner
@@ -56,7 +57,7 @@ def plan(
 
     Raises StreamMergeError for everything that would keep the merge from ending well and that headers show.
     """
-    device = devices.canonical(device)
+    device = devices.canonical(World.here().device(device))
     if device == "cpu" and device_memory is not None:
         raise StreamMergeError(
             "`device_memory` is set for `cpu`, whose memory is `memory`", hint="Set `device: cuda`, or `memory` alone."
@@ -110,6 +111,9 @@ def merge(
     progress  told the bytes read so far and in all, after each block
 
     `out` appears complete or not at all; until then `out.partial` holds what is done.
+    Of several processes, as `torchrun` or `accelerate launch` starts them, each merges a share: all call this alike,
+    and it returns when `out` is there, in the first with the whole report. `memory` is each one's, and `device="cuda"`
+    gives each its own GPU.
     Raises StreamMergeError, before the first byte is written wherever that is possible.
     """
     storage = storage or Places()
@@ -138,6 +142,11 @@ def run(
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan. See `merge`."""
+    world = World.here()
+    if not world.is_alone:
+        return _run_as_one_of(
+            world, planned, out, storage, resume=resume, delete_consumed=delete_consumed, progress=progress
+        )
     from streammerge.merging import Merging
 
     refuse_unready(planned, out, resume=resume)
@@ -151,6 +160,34 @@ def run(
         return merging.publish()
 
 
+def _run_as_one_of(
+    world: World,
+    planned: Plan,
+    out: str,
+    storage: Storage,
+    *,
+    resume: bool,
+    delete_consumed: bool,
+    progress: Progress | None,
+) -> Report:
+    if delete_consumed:
+        raise StreamMergeError(
+            "`delete_consumed` is for one process: another may still need what one has read",
+            hint="Leave it out, or merge in one process.",
+        )
+    if world.is_first:
+        refuse_unready(planned, out, resume=resume)
+        if not resume:
+            Fetches(planned, storage).check_disk(out, planned.layout.total_bytes)
+    else:
+        devices.refuse_absent(planned.device)
+    devices.prepare_torch()
+    # torch takes seconds to load, and everything above refuses without it
+    from streammerge.ranks.run import merge_as_one_of
+
+    return merge_as_one_of(planned, out, storage, world, resume=resume, progress=progress)
+
+
 def run_as_adapter(
     planned: Plan,
     out: str,
@@ -162,6 +199,8 @@ def run_as_adapter(
 ) -> Report:
     """Carry out a plan on the factors of its experts. See `merge`."""
     started = time.perf_counter()
+    if not World.here().is_alone:
+        raise StreamMergeError("an adapter is written by one process", hint="Start it without a launcher.")
     if rank is not None and rank < 1:
         raise StreamMergeError(f"the rank is {rank}, expected 1 or more")
     refuse_taken(out, resume=resume)

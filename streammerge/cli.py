@@ -29,6 +29,7 @@ from streammerge.recipe import Recipe
 from streammerge.solve.cost import Cost
 from streammerge.stacking import described
 from streammerge.storage.places import Places
+from streammerge.world import World
 
 DIFFERENT = 3
 INTERRUPTED = 130
@@ -105,9 +106,11 @@ def merge(
         device_memory=device_memory,
         storage=storage,
     )
-    _warn(planned)
+    first = World.here().is_first
+    if first:
+        _warn(planned)
     try:
-        with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet) as progress:
+        with ProgressLine(f"merging {len(planned.steps)} tensors", silent=quiet or not first) as progress:
             if as_adapter:
                 done = api.run_as_adapter(planned, out, storage, rank=rank, resume=resume, progress=progress.show)
             else:
@@ -118,6 +121,8 @@ def merge(
         partial = f"{os.path.abspath(out)}.partial"
         hint = f"Pass `--resume` to continue: {quoted(partial)} holds what is done."
         raise click.Abort(*([hint] if os.path.isdir(partial) else [])) from interrupt
+    if not first:
+        return
     if as_json:
         click.echo(json.dumps(done.totals()))
     else:
@@ -427,7 +432,7 @@ def _plan_text(planned: Plan, needed: int, free: int, fetch: int) -> str:
         f"  read      {format_bytes(planned.read_bytes)} from {files} files",
         *([f"  fetch     {format_bytes(fetch)} of them first"] if fetch else []),
         f"  write     {format_bytes(needed)} to {len(planned.layout.shards)} shards; {format_bytes(free)} free",
-        f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}",
+        f"  memory    {format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)}, in each process",
         *_device_lines(planned),
         f"  compute   {planned.flops / 1e12:.2f} TFLOP",
         f"  time      {'unknown before the first merge here' if seconds is None else f'about {seconds:.0f} s'}",

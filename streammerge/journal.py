@@ -28,16 +28,19 @@ _PARTIAL = ".partial"
 class Journal:
     """Lines of JSON, durable when `append` returns; locked, so that two merges never share a folder.
 
-    hint  what to do about a line that no crash leaves; by default what helps with a merge's journal
+    hint    what to do about a line that no crash leaves; by default what helps with a merge's journal
+    locked  False to read what another process holds; then nothing can be appended
 
     The lock is the kernel's and ends with the process that holds it, however that ends: none is ever stale.
     """
 
-    def __init__(self, path: Path, *, hint: str | None = None) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, 0o644)
+    def __init__(self, path: Path, *, hint: str | None = None, locked: bool = True) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT if locked else os.O_RDONLY
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._path, self._given_hint = path, hint
         self._torn_at: int | None = None
+        if not locked:
+            return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._descriptor), os.stat(path)):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
+from typing import Any
 
 from streammerge.checkpoint import Storage, changed_files
 from streammerge.device_stream import DeviceStream
@@ -60,10 +61,9 @@ class Merging:
 
     def __enter__(self) -> Merging:
         planned = self._planned
-        identity = {**planned.fingerprint(), "side_files": fingerprint_of(self._beside)}
         with ExitStack() as opened:
-            self._writer = opened.enter_context(Writer(self._out, planned.layout, identity, resume=self._resume))
-            self._resumed = set(self._writer.checksums)
+            self._writer = opened.enter_context(self._open_writer())
+            self._resumed = self._left_out()
             self._fetches = Fetches(planned, self._storage, skip=self._resumed, delete=self._delete)
             self._fetches.check_disk(self._out, 0)
             self._stream = self._engine()
@@ -80,6 +80,18 @@ class Merging:
             self._reading.close()
         finally:
             self._writing.__exit__(kind, error, trace)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is merged: an interrupted merge of anything else is not resumed."""
+        return {**self._planned.fingerprint(), "side_files": fingerprint_of(self._beside)}
+
+    def _open_writer(self) -> Writer:
+        return Writer(self._out, self._planned.layout, self.identity, resume=self._resume)
+
+    def _left_out(self) -> set[str]:
+        """Tensors that are not to be merged: an earlier run finished them."""
+        return set(self._writer.checksums)
 
     def _engine(self) -> Stream | DeviceStream:
         if self._planned.device_memory is None:
@@ -121,9 +133,14 @@ class Merging:
         self.flush()
         self._reading.close()
         refuse_changed(self._planned, self._storage, self._writer)
-        names = [name for step in self._planned.steps for name, _, _ in step.outputs]
+        report = self._report(name for step in self._planned.steps for name, _, _ in step.outputs)
+        self._writer.publish({**self._beside, REPORT_NAME: report.to_json().encode()})
+        _remember_rates(self._planned, report)
+        return report
+
+    def _report(self, names: Iterable[str]) -> Report:
         memory = {"planned": self._planned.memory.peak_bytes, **self._stream.memory_facts()}
-        report = report_of(
+        return report_of(
             self._planned,
             names,
             self._out,
@@ -135,9 +152,6 @@ class Merging:
             self._stream.output_waited_seconds,
             tuple(self._memory.samples),
         )
-        self._writer.publish({**self._beside, REPORT_NAME: report.to_json().encode()})
-        _remember_rates(self._planned, report)
-        return report
 
 
 def report_of(
@@ -169,7 +183,7 @@ def report_of(
             reading=ahead.busy_seconds,
             writing=writer.busy_seconds,
         ),
-        versions=_versions(),
+        versions=versions(),
         experts=max((len(step.experts) for step in planned.steps), default=1),
         inputs=tuple(
             {"location": location, "files": weight_files(model)}
@@ -200,7 +214,8 @@ def refuse_changed(planned: Plan, storage: Storage, writer: Writer) -> None:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What this runs on: part of a report."""
     found = {"python": platform.python_version()}
     for package in ("streammerge", "torch", "safetensors"):
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 memory_option = click.option(
-    "--memory", metavar="SIZE", help="Memory budget, such as 4GiB. Default: half of what is available."
+    "--memory", metavar="SIZE", help="Memory budget of each process, such as 4GiB. Default: half of what is available."
 )
 shard_option = click.option(
     "--max-shard-size",

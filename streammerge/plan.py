@@ -37,6 +37,7 @@ from streammerge.stacking import Inputs, stacked_layers, stacking_warnings, whol
 from streammerge.step import COPY, Step, as_stored, stacked
 from streammerge.vocabulary import VOCABULARIES_HINT, Vocabulary, differ_by_vocabulary, united
 from streammerge.work import work_of
+from streammerge.world import World
 
 FALLBACK = "linear"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -150,7 +151,7 @@ def make_plan(
 ) -> Plan:
     """Read the models' headers and decide everything.
 
-    memory_bytes         the budget; half of what is available when None
+    memory_bytes         the budget; when None half of what is available, divided among the processes on this host
     max_shard_bytes      the most data one output file holds; by default what the recipe's report says, or 5 GB
     device               torch's name of where the arithmetic runs
     device_memory_bytes  the budget there; None keeps the arithmetic in host memory
@@ -180,7 +181,7 @@ def make_plan(
     steps = _steps(recipe, models, names, thin=device_memory_bytes is None)
     _refuse_various_settings(recipe, steps)
     _refuse_missing_data(steps, names, recipe)
-    budget = available_memory_bytes() // 2 if memory_bytes is None else memory_bytes
+    budget = available_memory_bytes() // (2 * World.here().local_size) if memory_bytes is None else memory_bytes
     memory = fit_memory(steps, budget, staged=device_memory_bytes is not None)
     past = recipe.past or Past()
     max_shard_bytes = max_shard_bytes or past.max_shard_bytes or DEFAULT_SHARD_BYTES

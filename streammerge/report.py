@@ -56,6 +56,7 @@ class Report:
     experts    how many models were merged
     inputs     every model that was read, in the order of `Recipe.locations`: its location and weight files
     max_shard_bytes, device  how the output was cut, and where the arithmetic ran
+    processes  of several processes what each did, in the order of their ranks; the figures of memory are the first's
     memory_samples  of the process's anonymous memory beyond what it held when the merge began: seconds, bytes
     """
 
@@ -74,6 +75,7 @@ class Report:
     max_shard_bytes: int | None = None
     device: str = "cpu"
     memory_samples: tuple[tuple[float, int], ...] = ()
+    processes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def large(self) -> tuple[Outcome, ...]:
@@ -128,6 +130,7 @@ class Report:
             "memory_bytes": dict(self.memory),
             "memory_samples": [list(sample) for sample in self.memory_samples],
             "seconds": {**asdict(self.seconds), "computing": self.seconds.computing},
+            **({"processes": [dict(each) for each in self.processes]} if self.processes else {}),
             "versions": dict(self.versions),
             "tensors": [{**o.to_dict(), "sha256": self.checksums[o.name]} for o in self.tensors],
         }
@@ -156,6 +159,9 @@ class Report:
             f"merged {_tensors(count)} into {escaped(self.out)}: "
             f"{format_bytes(self.written_bytes)} in {self.seconds.wall:.1f} s"
         ]
+        if self.processes:
+            taken = [each["seconds"]["wall"] for each in self.processes]
+            lines.append(f"{len(taken)} processes took {min(taken):.1f} to {max(taken):.1f} s")
         if self.resumed_tensors:
             lines.append(f"{self.resumed_tensors} of them were already there")
         cut = [(float(o.facts["truncation_error"]), o.name) for o in self.tensors if "truncation_error" in o.facts]

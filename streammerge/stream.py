@@ -29,6 +29,7 @@ from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader,
 from streammerge.thin_steps import ThinChange, merge_thin, read_factors
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
+from streammerge.world import World
 from streammerge_kernels.apply import apply_
 from streammerge_kernels.matmul import fast_matmul
 
@@ -337,4 +338,5 @@ def thread_limit() -> int:
         cpus = min(cpus, max(int(quota) // int(period), 1))
     except (OSError, ValueError):
         pass
-    return cpus
+    # processes of one merge share their host
+    return max(cpus // World.here().local_size, 1)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streammerge.entries import Entry
 from streammerge.errors import OutputError, listed, quoted
 from streammerge.journal import (
     JOURNAL,
@@ -33,6 +34,7 @@ from streammerge.journal import (
 )
 from streammerge.layout import INDEX_NAME, Layout
 from streammerge.outcome import Block, Outcome
+from streammerge.share_journals import adopt, forget_shares
 from streammerge.storage.output import OutputFile, sync_folder, write_durably
 
 # of the journal; raise it when what a line says, or what a merge is identified by, changes
@@ -70,21 +72,7 @@ class Writer:
         self._failure: BaseException | None = None
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
-        identity = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
-        refuse_taken(self.out, resume=resume)
-        with os_errors(self.partial):
-            resuming = self._open_partial()
-            self._journal = self._open_journal(identity)
-            try:
-                if resuming:
-                    self._resume(identity)
-                else:
-                    self._begin(identity)
-            except BaseException:
-                if not resuming:
-                    shutil.rmtree(self.partial, ignore_errors=True)
-                self._close()
-                raise
+        self._open(json.loads(json.dumps({"format": FORMAT, **fingerprint})), resume=resume)
         self._thread = threading.Thread(target=self._run, name="streammerge-write", daemon=True)
         self._thread.start()
 
@@ -115,13 +103,13 @@ class Writer:
             for file in self._files:
                 file.close()
             for name, data in small.items():
-                write_durably(self.partial / _staged(name), data)
+                write_durably(self.partial / staged_name(name), data)
             for name in names:
-                os.rename(self.partial / _staged(name), self.partial / name)
+                os.rename(self.partial / staged_name(name), self.partial / name)
             if CONFIG in small:
                 # a power cut may keep a later rename and lose an earlier one
                 sync_folder(self.partial)
-                os.rename(self.partial / _staged(CONFIG), self.partial / CONFIG)
+                os.rename(self.partial / staged_name(CONFIG), self.partial / CONFIG)
             sync_folder(self.partial)
             os.rename(self.partial, self.out)
             sync_folder(self.out.parent)
@@ -146,14 +134,34 @@ class Writer:
         finally:
             self._close()
             if not self.checksums:
-                # nothing to resume: leave no trace
-                shutil.rmtree(self.partial, ignore_errors=True)
+                self._leave_no_trace()
+
+    def _leave_no_trace(self) -> None:
+        """There is nothing to resume."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _close(self) -> None:
         for file in self._files:
             with suppress(OSError):
                 file.close()
         self._journal.close()
+
+    def _open(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        """Lock the folder and open its files, with what an earlier run left there or from nothing."""
+        refuse_taken(self.out, resume=resume)
+        with os_errors(self.partial):
+            resuming = self._open_partial()
+            self._journal = self._open_journal(identity)
+            try:
+                if resuming:
+                    self._resume(identity)
+                else:
+                    self._begin(identity)
+            except BaseException:
+                if not resuming:
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                self._close()
+                raise
 
     def _open_partial(self) -> bool:
         """Whether there is an interrupted merge to continue; if there is none its folder is made."""
@@ -200,7 +208,7 @@ class Writer:
 
     def _open_shards(self, *, create: bool) -> None:
         for shard in self._layout.shards:
-            file = OutputFile(self.partial / _staged(shard.file), shard.nbytes, create=create)
+            file = OutputFile(self.partial / staged_name(shard.file), shard.nbytes, create=create)
             self._files.append(file)
             file.write(0, memoryview(shard.header))
             file.sync()
@@ -209,24 +217,38 @@ class Writer:
         begun = self._journal.begun()
         if begun is None:
             # stopped while the files were laid out: nothing in them is worth keeping
-            for staged in self.partial.glob(_staged("*")):
+            for staged in self.partial.glob(staged_name("*")):
                 staged.unlink()
+            forget_shares(self.partial)
             self._begin(identity)
             return
         self._refuse_changes(begun, identity, self.partial)
         entries = self._journal.entries(self._layout.placements)
+        entries |= self._adopt(identity)
         if os.path.lexists(self.partial / CONFIG):
             # stopped while it was published: first take back what makes it a model
             (self.partial / CONFIG).unlink()
             sync_folder(self.partial)
         for shard in self._layout.shards:
-            staged = self.partial / _staged(shard.file)
+            staged = self.partial / staged_name(shard.file)
             if staged.exists():
                 continue
             if not (self.partial / shard.file).exists():
                 raise OutputError(f"{quoted(staged)} is gone", hint="Delete that folder and merge again.")
             os.rename(self.partial / shard.file, staged)
         self._open_shards(create=False)
+        self._trust(entries)
+
+    def _adopt(self, identity: Mapping[str, Any]) -> dict[str, Entry]:
+        """Take over what processes that merged together left: see `streammerge.ranks`."""
+
+        def refuse(begun: Mapping[str, Any]) -> None:
+            self._refuse_changes(begun, identity, self.partial)
+
+        return adopt(self.partial, self._journal, self._layout.placements, refuse)
+
+    def _trust(self, entries: Mapping[str, Entry]) -> None:
+        """Count what journals cite as merged, where its bytes are those that were cited."""
         for name, entry in entries.items():
             if self._hash(name) == entry.sha256:
                 self.checksums[name] = entry.sha256
@@ -239,7 +261,7 @@ class Writer:
                 f"{quoted(folder / JOURNAL)} has the format {quoted(found)}, expected {quoted(FORMAT)}",
                 hint="Finish it with the version of streammerge that began it, or delete that folder and merge again.",
             )
-        changes = _changes(begun, identity)
+        changes = changed_values(begun, identity, "{} was {} and is {}")
         if changes:
             raise OutputError(
                 f"{quoted(folder)} was begun with other inputs:{listed(changes)}",
@@ -325,19 +347,20 @@ class Writer:
             raise self._failure
 
 
-def _staged(file: str) -> str:
+def staged_name(file: str) -> str:
+    """What a file is called until the folder is complete."""
     return file + ".partial"
 
 
-def _changes(before: Any, now: Any, path: str = "") -> list[str]:
-    """Every place where two JSON values differ, in words."""
+def changed_values(before: Any, now: Any, words: str, path: str = "") -> list[str]:
+    """Every place where two JSON values differ: `words` with where that is and both values put in."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [
             line
             for key in keys
-            for line in _changes(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            for line in changed_values(before.get(key), now.get(key), words, f"{path}.{key}" if path else str(key))
         ]
     if before == now:
         return []
-    return [f"{quoted(path)} was {quoted(json.dumps(before))} and is {quoted(json.dumps(now))}"]
+    return [words.format(quoted(path), quoted(json.dumps(before)), quoted(json.dumps(now)))]

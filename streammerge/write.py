@@ -92,9 +92,7 @@ class Writer:
 
         Raises OutputError when a tensor is missing: nothing incomplete is ever published.
         """
-        missing = self._layout.placements.keys() - self.checksums.keys()
-        if missing:
-            raise OutputError(f"{len(missing)} tensors were never written, such as {quoted(min(missing))}")
+        self.refuse_missing()
         index = self._layout.index_json()
         small = dict(side_files) | ({} if index is None else {INDEX_NAME: index.encode()})
         # everything that a full disk could stop comes before the first rename, and what makes it a model comes last
@@ -116,6 +114,12 @@ class Writer:
             # the model is complete with or without it: a crash here leaves one file too many, see `_open_journal`
             (self.out / JOURNAL).unlink()
         self._journal.close()
+
+    def refuse_missing(self) -> None:
+        """Raise OutputError unless every tensor was written."""
+        missing = self._layout.placements.keys() - self.checksums.keys()
+        if missing:
+            raise OutputError(f"{len(missing)} tensors were never written, such as {quoted(min(missing))}")
 
     def distrust(self) -> None:
         """Forget what was merged, keep the folder: a later run with `resume` merges every tensor again."""

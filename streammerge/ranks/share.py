@@ -18,7 +18,7 @@ from streammerge.outcome import Outcome
 from streammerge.plan import Plan
 from streammerge.report import Report
 from streammerge.share_journals import share_journal
-from streammerge.storage.output import OutputFile
+from streammerge.storage.output import OutputFile, sync_folder
 from streammerge.write import Writer, staged_name
 
 # what a file system may keep as one piece: a page, or several
@@ -80,6 +80,7 @@ class Ground(Writer):
             )
         self.checksums |= {name: entry.sha256 for name, entry in entries.items()}
         self.outcomes |= {name: Outcome(**entry.outcome) for name, entry in entries.items()}
+        self.refuse_missing()
 
     def _identity(self) -> Mapping[str, Any]:
         return self._journal.begun() or {}
@@ -104,6 +105,7 @@ class ShareWriter(Writer):
                 for shard in self._layout.shards:
                     self._files.append(OutputFile(self.partial / staged_name(shard.file), shard.nbytes, create=False))
                 self._journal.append([identity])
+                sync_folder(self.partial)
             except BaseException:
                 self._close()
                 raise

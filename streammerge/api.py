@@ -24,7 +24,7 @@ from streammerge.storage.places import Fetching, Places
 from streammerge.world import World
 
 if TYPE_CHECKING:
-    from streammerge.batching import Group, Night, Outcome, Planner
+    from streammerge.batching import Night, Outcome, Outline, Planner
     from streammerge.capturing import Captured
     from streammerge.diagnosis.result import Diagnosis
     from streammerge.extraction import Extraction
@@ -208,7 +208,9 @@ def run_as_adapter(
     # torch takes seconds to load
     from streammerge import adapter_merge
     from streammerge.adapters import CONFIG_NAME
-    from streammerge.folder import CARD_NAME, REPORT_NAME, model_card
+    from streammerge.card import model_card
+    from streammerge.folder import REPORT_NAME
+    from streammerge.licences import CARD_NAME
     from streammerge.merging import refuse_changed, report_of
     from streammerge.write import Writer
 
@@ -295,6 +297,7 @@ def batch(
     memory: str | int | None = None,
     device: str = "cpu",
     device_memory: str | int | None = None,
+    delete_consumed: bool = False,
     tell: Callable[[str, str], None] = lambda name, text: None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
@@ -304,7 +307,8 @@ def batch(
 
     memory    the budget of all that runs at the same time, as for `plan`; overrules the file's
     device, device_memory  as for `plan`; on an accelerator jobs run one by one
-    tell      told a job's name and in words what became of it
+    delete_consumed  delete each file that this run fetched when no job of it needs it any more
+    tell      told in words what became of a job, by its name, or why `report.html` could not be written, by its own
     stopped   asked after each tensor; once it says so all is left as it is, to be resumed
     progress  told the bytes read so far and in all, by the merges under way
 
@@ -318,7 +322,8 @@ def batch(
         read,
         planner,
         storage,
-        tell=lambda job, text: tell(job.name, text),
+        delete_consumed=delete_consumed,
+        tell=tell,
         stopped=stopped,
         progress=progress,
     )
@@ -331,13 +336,13 @@ def outline(
     device: str = "cpu",
     device_memory: str | int | None = None,
     storage: Storage | None = None,
-) -> tuple[list[Group], dict[str, StreamMergeError]]:
-    """What `batch` would do, from headers alone: which jobs run together, and why others cannot run."""
+) -> Outline:
+    """What `batch` would do, from headers alone: which jobs run together, what that takes, why others cannot run."""
     from streammerge.batching import outline as outlined
     from streammerge.batching import read_night
 
-    read = read_night(night)
-    return outlined(read, _planner(read, memory, device, device_memory, storage or Places()))
+    read, storage = read_night(night), storage or Places()
+    return outlined(read, _planner(read, memory, device, device_memory, storage), storage)
 
 
 def _planner(

@@ -41,6 +41,11 @@ def _pinned(location: str, storage: Fetching) -> str:
     return "+".join(map(storage.pinned, location.split("+")))
 
 
+def places_read(plan: Plan) -> set[Place]:
+    """Every file that a merge reads tensors of."""
+    return {place for _, places in _readings(plan, ()) for place in places}
+
+
 class Fetches:
     """What a merge fetches. As a context manager it has the storage fetch ahead, and stop at its end.
 

@@ -1,16 +1,17 @@
-"""The model folder around the weights: config, tokenizer, chat template, model card."""
+"""The model folder around the weights: config, tokenizer, chat template, and the model card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from streammerge.card import model_card
 from streammerge.checkpoint import Checkpoint, Storage, parse_json
-from streammerge.errors import PlanError, escaped, quoted
+from streammerge.errors import PlanError, quoted
+from streammerge.licences import CARD_NAME
 from streammerge.plan import Plan
 from streammerge.stacked_config import stacked_config
 from streammerge.token_rules import UNION
@@ -18,7 +19,6 @@ from streammerge.tokenizer_files import config_with, tokenizer_files_with
 from streammerge.vocabulary import Vocabulary
 
 REPORT_NAME = "streammerge.json"
-CARD_NAME = "README.md"
 TEMPLATE_NAME = "chat_template.jinja"
 LIMIT_BYTES = 100_000_000
 
@@ -171,35 +171,3 @@ def template_of(storage: Storage, model: Checkpoint) -> str | None:
         template = config.get("chat_template") if isinstance(config, dict) else None
         return template if isinstance(template, str) else None
     return None
-
-
-def model_card(plan: Plan, library: str = "transformers") -> str:
-    """README.md: what was merged, and by what recipe."""
-    # one line, and text that UTF-8 holds, whatever a folder is called
-    title = escaped(plan.recipe.name or " + ".join(plan.names[1:] if plan.recipe.base else plan.names))
-    # a card names models on the hub without their commits: the recipe below has them
-    folders = dict.fromkeys(
-        re.sub("@[0-9a-f]{40}$", "", each.location) for model in plan.models for each in (model, *model.besides)
-    )
-    models = "\n".join(f"- {json.dumps(folder)}" for folder in folders)
-    text = plan.recipe.text.strip()
-    # longer than any run of backticks inside, such as those of a chat template
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"""---
-base_model:
-{models}
-library_name: {library}
-tags:
-- merge
-- streammerge
----
-
-# {title}
-
-Merged with streammerge by `{plan.recipe.method}`.
-`{REPORT_NAME}` says what was done to each tensor; `streammerge verify` checks the files against it.
-
-{fence}yaml
-{text}
-{fence}
-"""

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Mapping, Sequence
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge import api
 from streammerge.budget import format_bytes
-from streammerge.errors import StreamMergeError, escaped, quoted
-from streammerge.options import device_memory_option, device_option, json_option, memory_option
+from streammerge.errors import escaped, quoted
+from streammerge.interrupts import StopRequest
+from streammerge.options import consumed_option, device_memory_option, device_option, json_option, memory_option
 from streammerge.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from streammerge.batching import Group
+    from streammerge.batching import Outline
 
 
 @click.command(
@@ -29,8 +27,8 @@ Examples:
   streammerge evaluate out --tasks mine --include-path tasks --offline --python ~/harness/bin/python
   streammerge evaluate out --command "lighteval accelerate model_name={model} …"
 
-The numbers go to OUT/results.json. A command ends with a line of JSON, such as {"accuracy": 0.5}, or
-writes it to the file {results}."""
+The numbers go to OUT/results.json and into a table of OUT/README.md. A command ends with a line of
+JSON, such as {"accuracy": 0.5}, or writes it to the file {results}."""
 )
 @click.argument("out")
 @click.option("--tasks", metavar="NAMES", help="Tasks of the lm-evaluation-harness, with commas between them.")
@@ -108,25 +106,33 @@ night.yaml:
   evaluate: {command: "python score.py {model}"}
   keep: {best: 2, by: command.accuracy}
 
-Jobs of the same models run side by side and read them once. Running the same command again goes on
-where a batch ended, however it ended, and tries failed jobs again. Ctrl-C stops after the current
-tensor. Exit code 1 where a job failed."""
+Jobs of the same models run side by side and read them once. report.html in the batch's folder shows
+at any time what became of each. Running the same command again goes on where a batch ended, however it
+ended, and tries failed jobs again. Ctrl-C stops after the current tensor. Exit code 1 where a job failed."""
 )
 @click.argument("night")
-@click.option("--dry-run", is_flag=True, help="Show the jobs, their time and disk; merge nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the jobs that are left, their time and disk; merge nothing.")
 @memory_option
 @device_option
 @device_memory_option
+@consumed_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @json_option
 def batch(
-    night: str, dry_run: bool, memory: str | None, device: str, device_memory: str | None, quiet: bool, as_json: bool
+    night: str,
+    dry_run: bool,
+    memory: str | None,
+    device: str,
+    device_memory: str | None,
+    delete_consumed: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Run many merges in one process, overnight."""
     if dry_run:
-        groups, failed = api.outline(night, memory=memory, device=device, device_memory=device_memory)
-        click.echo(json.dumps(_outline_json(groups, failed)) if as_json else _outline_text(groups, failed))
-        sys.exit(1 if failed else 0)
+        found = api.outline(night, memory=memory, device=device, device_memory=device_memory)
+        click.echo(json.dumps(_outline_json(found)) if as_json else _outline_text(found))
+        sys.exit(1 if found.failed else 0)
 
     def tell(name: str, text: str) -> None:
         if not as_json:
@@ -138,6 +144,7 @@ def batch(
             memory=memory,
             device=device,
             device_memory=device_memory,
+            delete_consumed=delete_consumed,
             tell=tell,
             stopped=stop.asked,
             progress=progress.show,
@@ -146,59 +153,47 @@ def batch(
         failures = {name: error.message for name, error in outcome.failed.items()}
         click.echo(json.dumps({"done": outcome.done, "failed": failures, "stopped": outcome.stopped}))
     else:
-        click.echo(f"{len(outcome.done)} jobs done, {len(outcome.failed)} failed", err=True)
+        click.echo(f"{len(outcome.done)} jobs done, {len(outcome.failed)} failed: {escaped(outcome.page)}", err=True)
     if outcome.stopped:
         raise click.Abort(f"Run {quoted(shlex.join(['streammerge', 'batch', night]))} again to continue.")
     if outcome.failed:
         sys.exit(1)
 
 
-class StopRequest:
-    """While used as a context manager, the first SIGINT or SIGTERM only asks to stop; the next interrupts."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def asked(self) -> bool:
-        """Whether a signal came."""
-        return self._asked
-
-    def __enter__(self) -> StopRequest:
-        self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        click.echo("stopping after the current tensor; again to stop at once", err=True)
-
-
-def _outline_text(groups: Sequence[Group], failed: Mapping[str, StreamMergeError]) -> str:
+def _outline_text(found: Outline) -> str:
     lines = []
-    for group in groups:
-        together = f"{len(group.jobs)} jobs side by side" if len(group.jobs) > 1 else "1 job"
-        read, write = group.plans[0].read_bytes, sum(planned.layout.total_bytes for planned in group.plans)
-        seconds = [planned.predicted_seconds for planned in group.plans]
-        time = "" if None in seconds else f", at most {sum(each or 0.0 for each in seconds):.0f} s"
-        lines.append(f"{together}: read {format_bytes(read)}, write {format_bytes(write)}{time}")
-        lines += [f"  {job.name}: {job.recipe.method} of {len(job.recipe.experts)} models" for job in group.jobs]
-    lines += [f"{escaped(name)} cannot run: {error.message}" for name, error in failed.items()]
+    for each in found.groups:
+        jobs = each.group.jobs
+        together = f"{len(jobs)} jobs side by side" if len(jobs) > 1 else "1 job"
+        lines.append(f"{together}: {_costs(each.read_bytes, each.fetch_bytes, each.write_bytes, each.seconds)}")
+        lines += [f"  {job.name}: {job.recipe.method} of {len(job.recipe.experts)} models" for job in jobs]
+    lines += [f"{escaped(name)} is done" for name in found.done]
+    lines += [f"{escaped(name)} cannot run: {error.message}" for name, error in found.failed.items()]
+    if found.groups:
+        written = sum(each.write_bytes for each in found.groups)
+        alone = f", {format_bytes(found.alone_bytes)} one by one" if found.alone_bytes > found.read_bytes else ""
+        lines += [
+            "",
+            f"in all {_costs(found.read_bytes, found.fetch_bytes, written, found.seconds, alone)}",
+            f"disk {format_bytes(found.most_bytes)} at most at a time; {format_bytes(found.free_bytes)} free",
+        ]
     return "\n".join(lines)
 
 
-def _outline_json(groups: Sequence[Group], failed: Mapping[str, StreamMergeError]) -> dict[str, Any]:
+def _costs(read: int, fetch: int, write: int, seconds: float | None, alone: str = "") -> str:
+    first = f", fetch {format_bytes(fetch)}" if fetch else ""
+    time = "time unknown before merges of these kinds here" if seconds is None else f"about {seconds:.0f} s"
+    return f"read {format_bytes(read)}{alone}{first}, write {format_bytes(write)}, {time}"
+
+
+def _outline_json(found: Outline) -> dict[str, Any]:
     return {
         "groups": [
             {
-                "read_bytes": group.plans[0].read_bytes,
+                "read_bytes": each.read_bytes,
+                "fetch_bytes": each.fetch_bytes,
+                "write_bytes": each.write_bytes,
+                "predicted_seconds": each.seconds,
                 "jobs": [
                     {
                         "name": job.name,
@@ -206,10 +201,17 @@ def _outline_json(groups: Sequence[Group], failed: Mapping[str, StreamMergeError
                         "write_bytes": planned.layout.total_bytes,
                         "predicted_seconds": planned.predicted_seconds,
                     }
-                    for job, planned in zip(group.jobs, group.plans, strict=True)
+                    for job, planned in zip(each.group.jobs, each.group.plans, strict=True)
                 ],
             }
-            for group in groups
+            for each in found.groups
         ],
-        "failed": {name: error.message for name, error in failed.items()},
+        "read_bytes": found.read_bytes,
+        "read_bytes_one_by_one": found.alone_bytes,
+        "fetch_bytes": found.fetch_bytes,
+        "predicted_seconds": found.seconds,
+        "disk_needed_bytes": found.most_bytes,
+        "disk_free_bytes": found.free_bytes,
+        "done": list(found.done),
+        "failed": {name: error.message for name, error in found.failed.items()},
     }

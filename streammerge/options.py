@@ -19,3 +19,8 @@ device_memory_option = click.option(
     "--device-memory", metavar="SIZE", help="Budget on that device. Default: 80 % of what is free there."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+consumed_option = click.option(
+    "--delete-consumed",
+    is_flag=True,
+    help="Delete each file that was fetched when all of it is merged; never one that was there before.",
+)

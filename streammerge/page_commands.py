@@ -11,6 +11,7 @@ import click
 from streammerge import api
 from streammerge.budget import format_bytes
 from streammerge.errors import escaped
+from streammerge.options import json_option, memory_option
 from streammerge.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ by any method, on one scale. One pass over the base and the experts; no model is
 @click.argument("recipe")
 @click.option("-o", "--out", metavar="DIR", help="Write diagnosis.json and diagnosis.html there.")
 @click.option("--merged", metavar="DIR", multiple=True, help="A finished merge to measure too, once for each.")
-@click.option("--memory", metavar="SIZE", help="Memory budget, such as 4GiB. Default: half of what is available.")
+@memory_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@json_option
 def diagnose(
     recipe: str, out: str | None, merged: tuple[str, ...], memory: str | None, quiet: bool, as_json: bool
 ) -> None:

@@ -23,6 +23,7 @@ from streammerge.device_memory import DeviceMemoryPlan, fit_device_memory, step_
 from streammerge.errors import PlanError, RecipeError, escaped, listed, quoted
 from streammerge.key_maps import map_names, without_dispensable
 from streammerge.layout import Layout, lay_out
+from streammerge.licences import Licence, licence_warnings, licences_of
 from streammerge.memory import MemoryPlan, fit_memory, step_workspace_bytes
 from streammerge.mixtures import in_layout_of
 from streammerge.models import open_model
@@ -51,6 +52,7 @@ class Plan:
     models  the base, if the recipe names one, then the experts, then what lies beside them
     names   what messages call them
     vocabulary  the output's, where that is not what all models have
+    licences    what the cards of the merged models say of theirs
     device, device_memory  where the arithmetic runs; None where that is in host memory, as part of `memory`
     """
 
@@ -65,6 +67,7 @@ class Plan:
     device: str = "cpu"
     device_memory: DeviceMemoryPlan | None = None
     vocabulary: Vocabulary | None = None
+    licences: tuple[Licence, ...] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -178,6 +181,7 @@ def make_plan(
     maps = [mapped.maps[offset + n] for n, each in enumerate(recipe.experts) if each.beside]
     models += tuple(keys.applied(open_model(storage, each)) for keys, each in zip(maps, besides, strict=True))
     names += besides
+    licences = licences_of(storage, models[: len(recipe.names)])
     steps = _steps(recipe, models, names, thin=device_memory_bytes is None)
     _refuse_various_settings(recipe, steps)
     _refuse_missing_data(steps, names, recipe)
@@ -192,13 +196,21 @@ def make_plan(
         steps=steps,
         layout=lay_out((output for step in steps for output in step.outputs), max_shard_bytes),
         memory=memory,
-        warnings=(*recipe.warnings, *mapped.notes, *notes, *remarks, *_warnings(recipe, models, names, steps)),
+        warnings=(
+            *recipe.warnings,
+            *mapped.notes,
+            *notes,
+            *remarks,
+            *_warnings(recipe, models, names, steps),
+            *licence_warnings(licences),
+        ),
         max_shard_bytes=max_shard_bytes,
         device=device,
         device_memory=None
         if device_memory_bytes is None
         else fit_device_memory(steps, device_memory_bytes, memory.slot_bytes),
         vocabulary=vocabulary,
+        licences=licences,
     )
 
 

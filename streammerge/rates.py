@@ -41,8 +41,12 @@ class Rates:
         return max(
             work.read_bytes / self.read_bytes_per_second,
             work.write_bytes / self.write_bytes_per_second,
-            work.matrix_flops / self.flops_per_second + work.element_bytes / self.element_bytes_per_second,
+            self.computing_seconds(work),
         )
+
+    def computing_seconds(self, work: Work) -> float:
+        """Predicted time of the arithmetic alone."""
+        return work.matrix_flops / self.flops_per_second + work.element_bytes / self.element_bytes_per_second
 
 
 def measured(work: Work, reading: float, writing: float, computing: float, matrices: float) -> Rates:

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.budget import format_bytes
 from streammerge.errors import OutputError, escaped, quoted
-from streammerge.outcome import Outcome
+
+if TYPE_CHECKING:
+    # it brings torch
+    from streammerge.outcome import Outcome
 
 FORMAT = 1
 LARGE = 3.0

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import zlib
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from streammerge.reporting import style
 
 VOID = {"meta"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+
+HOSTILE = (
+    "<script>document.title='taken'</script>",
+    '"><img src=x onerror="document.title=\'taken\'">',
+    "'><svg/onload=document.title='taken'>",
+    "</style></title><script>document.title='taken'</script>",
+    "javascript:alert(1)",
+    "&lt;b&gt; &amp;amp; ]]> -->",
+    "\u202emoc.live\u202c \x00\x1b[2J\u2028\ufeff",
+    "{{7*7}} ${7*7} `code` ``",
+    "half a character: \ud800",
+)
 
 
 @dataclass
@@ -89,3 +112,47 @@ def assert_stands_alone(text: str) -> None:
     assert "@import" not in style.text
     policy = next(m for m in page.all("meta") if m.attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy.attributes["content"].startswith("default-src 'none'; style-src 'unsafe-inline';")
+
+
+def browse(*arguments: str, timeout: float = 60) -> str:
+    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
+
+
+def corner(png: bytes) -> str:
+    """The first pixel of a picture: its filter has nothing beside it or above it to refer to."""
+    data, place = b"", 8
+    while place < len(png):
+        length, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
+        data += png[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        place += 12 + length
+    return "#" + zlib.decompress(data)[1:4].hex()
+
+
+def assert_shown_light_and_dark(page: Path, scratch: Path) -> None:
+    """A browser shows the page in the reader's colours, and nothing in it ran."""
+    profile = f"--user-data-dir={scratch / 'profile'}"
+    for scheme, colour in (("1", style.PAGE_LIGHT[0]), ("0", style.PAGE_DARK[0])):
+        png = scratch / f"{scheme}.png"
+        browse(f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1100,900", f"--screenshot={png}",
+               page.as_uri(), profile)  # fmt: skip
+        assert corner(png.read_bytes()) == colour
+    shown = browse("--dump-dom", page.as_uri(), profile)
+    assert "<title>taken</title>" not in shown
+    assert "<script>" not in shown
+
+
+def assert_no_wider(page: Path, scratch: Path, width: int) -> None:
+    """In a window of this width the page needs no scrolling sideways."""
+    text = page.read_text().replace("&", "&amp;").replace('"', "&quot;")
+    frame = scratch / "frame.html"
+    frame.write_text(
+        f'<iframe id=f style="width:{width}px;height:900px;border:0" srcdoc="{text}"></iframe><script>'
+        "onload=()=>{document.title='width '+document.getElementById('f').contentDocument.documentElement.scrollWidth}"
+        "</script>"
+    )
+    profile = f"--user-data-dir={scratch / 'profile'}"
+    shown = browse("--dump-dom", "--window-size=1300,1000", frame.as_uri(), profile)
+    found = re.search(r"<title>width (\d+)</title>", shown)
+    assert found, shown[:300]
+    assert int(found[1]) <= width

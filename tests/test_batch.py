@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 
 import streammerge
 from streammerge import api
 from streammerge.batching import read_night
 from streammerge.batching.keeping import Folders
 from streammerge.batching.ledger import Ledger
+from streammerge.cli import cli
 from streammerge.errors import EvaluationError, OutputError, RecipeError
+from streammerge.rates import Rates
 from streammerge.solve import normal_equations, systems
 from streammerge.solve.systems import System
 from streammerge.storage.shared import CHUNK_BYTES, SharedStorage
@@ -277,15 +280,73 @@ def test_names_of_folders_hold_nothing_that_leads_elsewhere(family, tmp_path):
 
 def test_the_outline_plans_and_merges_nothing(family, tmp_path):
     path = write_night(tmp_path, [grid(family)])
-    groups, failed = api.outline(path)
-    assert not failed
-    assert [len(group.jobs) for group in groups] == [6]
+    found = api.outline(path)
+    assert not found.failed
+    assert [len(each.group.jobs) for each in found.groups] == [6]
     assert not (tmp_path / "night").exists()
+
+
+def test_the_outline_counts_what_is_shared_once(family, tmp_path):
+    path = write_night(tmp_path, [grid(family), {"name": "one", "recipe": {**recipe_of(family, "linear"), "models": [
+        {"model": str(family["one"])}]}}])  # fmt: skip
+    together, alone = api.outline(path, memory="4GiB").groups
+    plans = together.group.plans
+    assert together.read_bytes == plans[0].read_bytes
+    assert together.write_bytes == sum(plan.layout.total_bytes for plan in plans)
+    found = api.outline(path, memory="4GiB")
+    assert found.read_bytes == together.read_bytes + alone.read_bytes
+    assert found.alone_bytes == 6 * together.read_bytes + alone.read_bytes
+    assert found.most_bytes == together.write_bytes + alone.write_bytes
+    assert found.fetch_bytes == 0
+
+
+def test_the_outlines_time_shares_the_reading_and_adds_up_the_rest(family, tmp_path, monkeypatch):
+    path = write_night(tmp_path, [grid(family)])
+    monkeypatch.setattr("streammerge.batching.forecast.load_rates", lambda *kinds: None)
+    assert api.outline(path).seconds is None
+    for rates in (Rates(1.0, 1e9, 1e15, 1e15), Rates(1e9, 1.0, 1e15, 1e15), Rates(1e9, 1e9, 1.0, 1e15)):
+        monkeypatch.setattr("streammerge.batching.forecast.load_rates", lambda *kinds, rates=rates: rates)
+        (each,) = api.outline(path).groups
+        plans = each.group.plans
+        expected = (plans[0].work.read_bytes, each.write_bytes, sum(plan.work.matrix_flops for plan in plans))
+        assert each.seconds == pytest.approx(
+            max(expected[0] / rates.read_bytes_per_second, expected[1] / rates.write_bytes_per_second,
+                expected[2] / rates.flops_per_second)
+        )  # fmt: skip
+
+
+def test_the_outline_needs_the_disk_of_what_stays_and_what_is_made(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)], evaluate={"command": SCORE}, keep={"best": 1, "by": "command.size"})
+    found = api.outline(path, memory="640MiB")
+    first, *others = [each.write_bytes for each in found.groups]
+    one = found.groups[0].group.plans[0].layout.total_bytes
+    assert others
+    assert found.most_bytes == max(first, *(one + each for each in others)) < first + sum(others)
+
+
+def test_the_outline_leaves_out_what_is_done(family, tmp_path):
+    path = write_night(tmp_path, [grid(family)], evaluate={"command": SCORE}, keep={"best": 2, "by": "command.size"})
+    api.batch(path)
+    more = write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "linear")}])
+    done = CliRunner().invoke(cli, ["batch", str(more), "--dry-run"], catch_exceptions=False)
+    assert done.output.count(" is done\n") == 6
+    assert done.output.startswith("1 job: read ")
+    assert json.loads(CliRunner().invoke(cli, ["batch", str(more), "--dry-run", "--json"]).output)["done"] == [
+        job.name for job in read_night(more).jobs[:6]
+    ]
+
+
+def test_a_dry_run_loads_no_torch(family, tmp_path):
+    code = f"import sys; from streammerge import api; api.outline({str(write_night(tmp_path, [grid(family)]))!r}); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_a_small_budget_runs_fewer_jobs_side_by_side(family, tmp_path):
     path = write_night(tmp_path, [grid(family)])
-    groups, _ = api.outline(path, memory="640MiB")
+    groups = [each.group for each in api.outline(path, memory="640MiB").groups]
     assert 1 < len(groups) < 6
     for group in groups:
         slots = sum(p.memory.peak_bytes - p.memory.workspace_bytes - p.memory.reserve_bytes for p in group.plans)

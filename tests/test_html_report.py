@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
-import zlib
 from pathlib import Path
 
 import pytest
@@ -29,21 +27,14 @@ from streammerge.reporting.markup import Html, element, number, percent, prose, 
 from streammerge.reporting.merge_page import MOST_TENSORS, length, merge_page
 from streammerge.reporting.pictures import Line, Scale, chart
 from tests.models import recipe_of
-from tests.pages import assert_stands_alone, parsed, sections
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-
-HOSTILE = (
-    "<script>document.title='taken'</script>",
-    '"><img src=x onerror="document.title=\'taken\'">',
-    "'><svg/onload=document.title='taken'>",
-    "</style></title><script>document.title='taken'</script>",
-    "javascript:alert(1)",
-    "&lt;b&gt; &amp;amp; ]]> -->",
-    "\u202emoc.live\u202c \x00\x1b[2J\u2028\ufeff",
-    "{{7*7}} ${7*7} `code` ``",
-    "half a character: \ud800",
+from tests.pages import (
+    HOSTILE,
+    assert_no_wider,
+    assert_shown_light_and_dark,
+    assert_stands_alone,
+    needs_browser,
+    parsed,
+    sections,
 )
 
 
@@ -530,21 +521,6 @@ def test_a_page_that_cannot_be_written_leaves_nothing(merged, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def browse(*arguments, timeout=60):
-    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
-
-
-def corner(png: bytes):
-    """The first pixel of a picture: its filter has nothing beside it or above it to refer to."""
-    data, place = b"", 8
-    while place < len(png):
-        length, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
-        data += png[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
-        place += 12 + length
-    return "#" + zlib.decompress(data)[1:4].hex()
-
-
 @pytest.fixture
 def pages(tmp_path):
     one = folder(tmp_path / "one", table_of(*llama(32), tensor(HOSTILE[0], kind="vector"), warnings=list(HOSTILE)))
@@ -558,31 +534,14 @@ def pages(tmp_path):
 @needs_browser
 @pytest.mark.parametrize("which", ["merge", "comparison"])
 def test_a_browser_shows_it_light_or_dark_and_runs_nothing(pages, tmp_path, which):
-    for scheme, colour in (("1", style.PAGE_LIGHT[0]), ("0", style.PAGE_DARK[0])):
-        png = tmp_path / f"{scheme}.png"
-        browse(f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1100,900", f"--screenshot={png}",
-               pages[which].as_uri(), f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
-        assert corner(png.read_bytes()) == colour
-    shown = browse("--dump-dom", pages[which].as_uri(), f"--user-data-dir={tmp_path / 'profile'}")
-    assert "<title>taken</title>" not in shown
-    assert "<script>" not in shown
+    assert_shown_light_and_dark(pages[which], tmp_path)
 
 
 @needs_browser
 @pytest.mark.parametrize("which", ["merge", "comparison"])
 @pytest.mark.parametrize("width", [360, 1100])
 def test_no_page_is_wider_than_its_window(pages, tmp_path, which, width):
-    page = pages[which].read_text().replace("&", "&amp;").replace('"', "&quot;")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe id=f style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe><script>'
-        "onload=()=>{document.title='width '+document.getElementById('f').contentDocument.documentElement.scrollWidth}"
-        "</script>"
-    )
-    shown = browse("--dump-dom", "--window-size=1300,1000", frame.as_uri(), f"--user-data-dir={tmp_path / 'profile'}")
-    found = re.search(r"<title>width (\d+)</title>", shown)
-    assert found, shown[:300]
-    assert int(found[1]) <= width
+    assert_no_wider(pages[which], tmp_path, width)
 
 
 def test_paths_are_any_paths(tmp_path):

@@ -23,13 +23,17 @@ _STATUSES = ("merged", "evaluated", "failed", "deleted")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A job's last event. `metrics` of an evaluated job are by `task.metric`; a deleted one keeps them."""
+    """What happened to a job. `metrics` of an evaluated job are by `task.metric`; a deleted one keeps them.
+
+    facts  of a merged job, what is told of it when its model is gone: `written_bytes`, `interference`
+    """
 
     status: Status
     digest: str
-    seconds: float = 0.0
+    seconds: float | None = None
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 _HINT = "Move it away: merges that are complete are found without it, evaluations are made again."
@@ -44,8 +48,10 @@ class Ledger:
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.path, hint=_HINT)
+        self._entries: dict[str, dict[str, Entry]] = {}
         try:
-            self._entries = dict(self._read(line) for line in self._journal.values())
+            for line in self._journal.values():
+                self._add(*self._read(line))
         except BaseException:
             self._journal.close()
             raise
@@ -60,46 +66,67 @@ class Ledger:
 
     def last(self, job: Job) -> Entry | None:
         """A job's last event; None where there is none, or it is of another recipe."""
-        entry = self._entries.get(job.name)
-        return entry if entry is not None and entry.digest == job.digest else None
+        return next(reversed(self.events(job).values()), None)
+
+    def events(self, job: Job) -> dict[str, Entry]:
+        """Of each kind of event a job's last, in the order in which they came."""
+        entries = self._entries.get(job.name, {})
+        return entries if all(entry.digest == job.digest for entry in entries.values()) else {}
 
     def note(
         self,
         job: Job,
         status: Status,
         *,
-        seconds: float = 0.0,
+        seconds: float | None = None,
         error: str | None = None,
         metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, float] | None = None,
     ) -> None:
         """Write an event; it is durable when this returns."""
-        entry = Entry(status=status, digest=job.digest, seconds=seconds, error=error, metrics=metrics or {})
+        entry = Entry(
+            status=status, digest=job.digest, seconds=seconds, error=error, metrics=metrics or {}, facts=facts or {}
+        )
         line = {
             "job": job.name,
             "status": status,
             "recipe_sha256": job.digest,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 3),
+            **({"seconds": round(seconds, 3)} if seconds is not None else {}),
             **({"error": error} if error else {}),
             **({"metrics": dict(entry.metrics)} if entry.metrics else {}),
+            **({"facts": dict(entry.facts)} if entry.facts else {}),
         }
         with os_errors(self.path):
             self._journal.append([line])
-        self._entries[job.name] = entry
+        self._add(job.name, entry)
+
+    def _add(self, name: str, entry: Entry) -> None:
+        known = self._entries.setdefault(name, {})
+        if any(each.digest != entry.digest for each in known.values()):
+            known.clear()
+        # to the end, also where the event is not the first of its kind
+        known.pop(entry.status, None)
+        known[entry.status] = entry
 
     def _read(self, line: Any) -> tuple[str, Entry]:
         sound = isinstance(line, dict) and isinstance(line.get("job"), str) and line.get("status") in _STATUSES
-        metrics = line.get("metrics", {}) if sound else None
-        if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
-            raise OutputError(
-                f"{quoted(self.path)} holds a line that no batch writes",
-                hint=_HINT,
-            )
-        digest, error = str(line.get("recipe_sha256")), line.get("error")
-        entry = Entry(
-            status=line["status"], digest=digest, error=None if error is None else str(error), metrics=metrics
+        numbers = [line.get(key, {}) for key in ("metrics", "facts")] if sound else []
+        if (
+            not sound
+            or not _is_finite(line.get("seconds", 0.0))
+            or not all(isinstance(each, dict) and all(map(_is_finite, each.values())) for each in numbers)
+        ):
+            raise OutputError(f"{quoted(self.path)} holds a line that no batch writes", hint=_HINT)
+        error, (metrics, facts) = line.get("error"), numbers
+        return line["job"], Entry(
+            status=line["status"],
+            digest=str(line.get("recipe_sha256")),
+            seconds=line.get("seconds"),
+            error=None if error is None else str(error),
+            metrics=metrics,
+            facts=facts,
         )
-        return line["job"], entry
 
 
 def _is_finite(value: object) -> bool:

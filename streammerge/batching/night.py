@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ MOST_JOBS = 10_000
 _KEYS = ("out", "jobs", "evaluate", "keep", "memory")
 _JOB_KEYS = ("recipe", "name", "grid")
 _KEEP_KEYS = ("best", "by", "order")
+# what a batch writes beside its models
+_OWN_FILES = ("report.html", "results.jsonl")
 _UNFIT = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One merge: the folder `name` below the batch's, by this recipe."""
 
     name: str
     recipe: Recipe
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for jobs that ask for the same merge."""
         return hashlib.sha256(json.dumps(self.recipe.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -139,6 +142,8 @@ def _folder_name(name: str, node: Located) -> str:
     fit = _UNFIT.sub("-", name).strip("-.")[:150]
     if not fit:
         raise node.error(f"{quoted(name)} has no letter or digit that a folder's name could have", "Set `name`.")
+    if fit in _OWN_FILES:
+        raise node.error(f"a job cannot be called {quoted(fit)}, as a file of the batch is", "Set another `name`.")
     return fit
 
 

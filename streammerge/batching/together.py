@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from streammerge import devices
 from streammerge.batching.night import Job
-from streammerge.checkpoint import Storage
 from streammerge.errors import PlanError, StreamMergeError
 from streammerge.journal import refuse_unready
 from streammerge.plan import Plan, free_bytes
@@ -51,11 +50,14 @@ class Planner:
 Failed = Callable[[Job, StreamMergeError], None]
 
 
-def grouped(jobs: Sequence[Job], out: str, planner: Planner, failed: Failed) -> Iterator[Group]:
+def grouped(
+    jobs: Sequence[Job], out: str, planner: Planner, failed: Failed, planned_one: Callable[[Plan], None] | None = None
+) -> Iterator[Group]:
     """Plan jobs and put those together that read the same models, as many as the budget and the disk allow.
 
     out     the folder that their models go to: what is free there is asked when a group's turn comes
     failed  told of each job that cannot be planned
+    planned_one  told of each that can, all of them before the first group
 
     In order of each group's first job. The plans of a group take the budget together: one workspace, the slots of
     each, and what is kept for the others.
@@ -68,6 +70,8 @@ def grouped(jobs: Sequence[Job], out: str, planner: Planner, failed: Failed) -> 
             failed(job, error)
             continue
         planned.setdefault(found.recipe.locations, []).append((job, found))
+        if planned_one is not None:
+            planned_one(found)
     for alike in planned.values():
         while alike:
             group = _fitting(alike, out, planner)
@@ -104,10 +108,11 @@ def _within_share(alone: Plan, planner: Planner) -> Plan:
 def merge_together(
     group: Group,
     place: Callable[[Job], str],
-    storage: Storage,
+    storage: SharedStorage,
     *,
     failed: Failed,
     stopped: Callable[[], bool],
+    delete_consumed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Job, Report]]:
     """Run a group's merges, resuming what earlier runs left, and publish each that succeeds.
@@ -115,6 +120,7 @@ def merge_together(
     place    the folder of a job
     failed   told of each job that fails; the others go on
     stopped  asked after each step: whether to leave everything as it is, to be resumed
+    delete_consumed  give each file that was fetched back to `storage` when all that is made of it is on the disk
     progress told the bytes read so far and in all, by all of the group
 
     An exception other than ours ends all of them; what is done stays resumable.
@@ -126,7 +132,7 @@ def merge_together(
     from streammerge.workspace import Workspace
 
     found_bytes = int(_FOUND_SHARE * group.kept_bytes)
-    shared: Storage = SharedStorage(storage, group.kept_bytes - found_bytes) if group.kept_bytes else storage
+    storage.keep(group.kept_bytes - found_bytes)
     remembered = Remembered(found_bytes) if found_bytes else None
     workspace = Workspace(max(each.memory.workspace_bytes for each in group.plans))
     sums = _Sums(progress)
@@ -143,14 +149,9 @@ def merge_together(
             try:
                 refuse_unready(planned, place(job), resume=True)
                 merging = Merging(
-                    planned,
-                    place(job),
-                    shared,
-                    resume=True,
-                    progress=sums.of(job.name),
-                    workspace=workspace,
-                    remembered=remembered,
-                )
+                    planned, place(job), storage, resume=True, delete_consumed=delete_consumed,
+                    progress=sums.of(job.name), workspace=workspace, remembered=remembered,
+                )  # fmt: skip
                 merging.__enter__()
             except StreamMergeError as error:
                 failed(job, error)
@@ -177,8 +178,11 @@ def merge_together(
             merging.__exit__(None, None, None)
             yield job, report
     except BaseException as error:
+        # else each would wait for what it is about to read
+        storage.end()
         _leave([*(m for _, m, _ in under_way.values()), *(m for _, m in ended)], error)
         raise
+    storage.end()
     _leave([merging for _, merging, _ in under_way.values()], None)
 
 

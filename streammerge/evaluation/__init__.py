@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.errors import EvaluationError, quoted
+from streammerge.card import with_results
+from streammerge.errors import EvaluationError, escaped, quoted
 from streammerge.evaluation import command, harness
+from streammerge.licences import CARD_NAME
 from streammerge.located_yaml import Located
 
+logger = logging.getLogger(__name__)
+
 RESULTS_NAME = "results.json"
+_LARGEST_CARD_BYTES = 16 << 20
 
 Results = Mapping[str, Mapping[str, float]]
 """By task and metric."""
@@ -42,7 +48,7 @@ def read_evaluation(node: Located) -> Evaluation:
 
 
 def evaluate(model: Path, evaluation: Evaluation) -> Results:
-    """Evaluate a model and write `results.json` into its folder.
+    """Evaluate a model, write `results.json` into its folder, and the numbers into its card, if it has one.
 
     Raises EvaluationError where the harness fails, or answers no finite number.
     """
@@ -53,7 +59,25 @@ def evaluate(model: Path, evaluation: Evaluation) -> Results:
     }
     if not any(found.values()):
         raise EvaluationError(f"the harness gave no number for {quoted(model)}", hint="Look at what it printed.")
-    staged = model / f".{RESULTS_NAME}.partial"
-    staged.write_text(json.dumps({"tasks": found}, indent=2) + "\n")
-    os.replace(staged, model / RESULTS_NAME)
+    _replace(model / RESULTS_NAME, (json.dumps({"tasks": found}, indent=2) + "\n").encode())
+    _tell_card(model / CARD_NAME, found)
     return found
+
+
+def _tell_card(card: Path, results: Results) -> None:
+    """Put the results into a card that somebody may have written on: what cannot be done is told, and loses nothing."""
+    try:
+        if not card.is_file() or card.is_symlink():
+            return
+        if card.stat().st_size > _LARGEST_CARD_BYTES:
+            raise ValueError(f"more than {_LARGEST_CARD_BYTES} bytes")
+        text = card.read_bytes().decode()
+        _replace(card, with_results(text, results).encode())
+    except (OSError, ValueError) as error:
+        logger.warning("%s was left without the results: %s", quoted(card), escaped(error))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_bytes(data)
+    os.replace(staged, path)

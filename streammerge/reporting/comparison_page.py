@@ -17,13 +17,20 @@ def comparison_page(merges: Sequence[MergeFacts]) -> str:
     return page(
         f"Comparison of {len(merges)} merges",
         ", ".join(short(merge.label) for merge in merges),
+        *comparison_sections(merges),
+    )
+
+
+def comparison_sections(merges: Sequence[MergeFacts]) -> list[Html | None]:
+    """What such a page consists of, to be put into another."""
+    return [
         _side_by_side(merges),
         results_of(merges),
         _warnings(merges),
         *(_compared(measure, merges) for measure in MEASURES),
         _memory(merges),
         _recipes(merges),
-    )
+    ]
 
 
 def _side_by_side(merges: Sequence[MergeFacts]) -> Html:

@@ -43,10 +43,10 @@ h1{{font-size:1.5rem;font-weight:600;line-height:1.25;margin:0;overflow-wrap:any
 h2{{font-size:1.125rem;font-weight:600;margin:2.5rem 0 .25rem;overflow-wrap:anywhere}}
 h3{{font-size:.9375rem;font-weight:600;margin:1.25rem 0 .25rem;overflow-wrap:anywhere}}
 .lead{{margin:.25rem 0 0;color:var(--muted);overflow-wrap:anywhere}}
-.note{{margin:0 0 .75rem;max-width:44rem;color:var(--muted)}}
+.note{{margin:0 0 .75rem;max-width:44rem;color:var(--muted);overflow-wrap:anywhere}}
 footer{{margin-top:3rem;border-top:1px solid var(--rule);color:var(--muted);font-size:.875rem}}
 dl{{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.75rem 1.5rem;margin:.75rem 0}}
-dt{{color:var(--muted);font-size:.8125rem}}
+dt{{color:var(--muted);font-size:.8125rem;overflow-wrap:anywhere}}
 dd{{margin:0;overflow-wrap:anywhere}}
 .wide{{overflow-x:auto}}
 .wide:focus-visible,summary:focus-visible{{outline:2px solid var(--mark);outline-offset:2px}}
@@ -89,7 +89,7 @@ svg text{{fill:var(--muted);font:11px system-ui,sans-serif;font-variant-numeric:
 font-size:.8125rem}}
 .legend svg{{display:inline-block;width:2rem;height:.7rem;margin-right:.4rem;vertical-align:baseline}}
 details{{margin:.75rem 0}}
-summary{{cursor:pointer;color:var(--mark)}}
+summary{{cursor:pointer;color:var(--mark);overflow-wrap:anywhere}}
 code{{font:.875em ui-monospace,monospace}}
 pre{{overflow-x:auto;font:.8125rem/1.45 ui-monospace,monospace;border-left:2px solid var(--rule);padding-left:.9rem}}
 .warn{{border-left:3px solid var(--l1);padding-left:1.5rem;margin:.75rem 0}}

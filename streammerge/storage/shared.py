@@ -1,12 +1,17 @@
-"""Files that several merges read at about the same time, read once: a bounded memory of what was read last."""
+"""One storage for several merges: what they read at about the same time, and what they fetch, comes once.
+
+Nothing that one of them ends or discards is taken from the others.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from streammerge.checkpoint import ByteFile, FileFacts, Storage
+from streammerge.storage.places import Fetching, Place
 
 CHUNK_BYTES = 1 << 20
 
@@ -14,17 +19,35 @@ _Key = tuple[str, str, int]
 
 
 class SharedStorage:
-    """A storage whose tensor data is read in chunks, of which the last `capacity_bytes` are kept for other readers.
+    """A storage that merges use beside and after each other, each as if it were its own.
 
-    `read_bytes` counts what was really read. Safe for threads: a chunk that one of them reads is waited for by the
-    others that want it.
+    capacity_bytes  tensor data is read in chunks, of which so many bytes are kept for other readers; with 0 it is
+                    read as it is asked for
+
+    Files are fetched until the last of those that expect any stops, or all do at `end`. A file that one discards goes
+    when everybody who claimed it has discarded it; so one that fails keeps what it claimed, to be tried again.
+
+    `read_bytes` counts what was really read in chunks. Reading is safe for threads: a chunk that one of them reads is
+    waited for by the others that want it. All else is done by one thread.
     """
 
-    def __init__(self, storage: Storage, capacity_bytes: int) -> None:
+    def __init__(self, storage: Storage, capacity_bytes: int = 0) -> None:
         self.read_bytes = 0
-        self._storage, self._most = storage, max(capacity_bytes // CHUNK_BYTES, 1)
+        self._storage = storage
+        self._fetching = storage if isinstance(storage, Fetching) else None
         self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()
         self._lock = threading.Lock()
+        self._claims: Counter[Place] = Counter()
+        self._expecting = 0
+        self.keep(capacity_bytes)
+
+    def keep(self, capacity_bytes: int) -> None:
+        """Keep so many bytes from now on, for files that are opened from now on; forget what was kept."""
+        with self._lock:
+            self._most = max(capacity_bytes // CHUNK_BYTES, 1) if capacity_bytes else 0
+            self._chunks.clear()
+
+    # what every storage does
 
     def files(self, location: str) -> dict[str, FileFacts]:
         """The plain files of a model."""
@@ -36,8 +59,56 @@ class SharedStorage:
 
     def open(self, location: str, name: str) -> ByteFile:
         """Open a file for reading tensor data."""
-        size = self._storage.files(location)[name].size
-        return _SharedFile(self, self._storage.open(location, name), location, name, size)
+        file = self._storage.open(location, name)
+        if not self._most:
+            return file
+        return _SharedFile(self, file, location, name, self._storage.files(location)[name].size)
+
+    # what a storage does that fetches: see `streammerge.fetching`
+
+    def pinned(self, location: str) -> str:
+        """The location with all that could come to mean something else made fast."""
+        return self._fetching.pinned(location) if self._fetching else location
+
+    def to_fetch(self, location: str, name: str) -> int:
+        """Bytes to be fetched before the file can be read."""
+        return self._fetching.to_fetch(location, name) if self._fetching else 0
+
+    def cache_folder(self, location: str) -> str:
+        """Where what is fetched of a model is kept; the model's own place, if nothing is."""
+        return self._fetching.cache_folder(location) if self._fetching else location
+
+    def expect(self, places: Sequence[Place], ahead: int) -> None:
+        """Fetch files in this order, after those that others expect already."""
+        self._expecting += 1
+        if self._fetching:
+            self._fetching.expect(places, ahead)
+
+    def discard(self, location: str, name: str) -> None:
+        """One merge will not read the file again: delete it if nobody will."""
+        self._claims[location, name] -= 1
+        if self._fetching and self._claims[location, name] <= 0:
+            self._fetching.discard(location, name)
+
+    def stop(self) -> None:
+        """One merge expects no more files: end fetching if nobody does."""
+        self._expecting -= 1
+        if self._expecting <= 0:
+            self.end()
+
+    # what several merges need beside
+
+    def claim(self, places: Iterable[Place]) -> None:
+        """One more merge will read these files, and discard them if it discards any."""
+        self._claims.update(set(places))
+
+    def end(self) -> None:
+        """End all fetching: nobody goes on."""
+        self._expecting = 0
+        if self._fetching:
+            self._fetching.stop()
+
+    # how
 
     def chunk(self, file: ByteFile, location: str, name: str, number: int, nbytes: int) -> memoryview:
         """One chunk's bytes, read if nobody has."""

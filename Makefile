@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= bench/results
 
-.PHONY: help demo test test-long test-parity test-harness fuzz lint bench gpu clean
+.PHONY: help demo test test-long test-parity test-harness fuzz lint bench quality gpu clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -78,6 +78,15 @@ lint: .venv/dev  ## format, lint, types
 
 bench: .venv/dev  ## measure; rows go to bench/results
 	$(BIN)/python bench/run_all.py
+
+.venv/quality: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quality]'
+	@touch $@
+
+QUALITY ?=
+quality: .venv/quality  ## do merges keep skills? hours, resumable; QUALITY='--quick', '--kind lora --seed 0', …
+	$(BIN)/python bench/run_quality.py $(QUALITY)
+	$(BIN)/python bench/run_quality.py --tables
 
 # needs torch and triton, and nothing of ours installed
 gpu:  ## check and measure on a GPU in under nine minutes: `make gpu OUT=DIR`

@@ -12,6 +12,7 @@ from typing import Any
 
 RECORD = "complete.json"
 MODEL = "model"
+CONFIG = "config.json"
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -19,22 +20,24 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def complete(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder was finished under exactly these settings."""
+def complete(folder: Path, settings: Mapping[str, Any], sign: str = CONFIG) -> bool:
+    """Whether a folder was finished under exactly these settings, and still holds the file `sign`."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return record == json.loads(json.dumps(settings)) and (folder / MODEL / "config.json").is_file()
+    return record == json.loads(json.dumps(settings)) and (folder / MODEL / sign).is_file()
 
 
-def cached_model(root: Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+def cached_model(
+    root: Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None], sign: str = CONFIG
+) -> tuple[Path, bool]:
     """Find a model folder, or have `make` fill it. Returns it, and whether it had to be made.
 
     It is made beside its final place and renamed when done, so what an interruption leaves is never found.
     """
     folder = root / f"{name}-{key_of(settings)}"
-    if complete(folder, settings):
+    if complete(folder, settings, sign):
         return folder / MODEL, False
     partial = folder.with_name(f"{folder.name}.partial")
     for leftover in (folder, partial):

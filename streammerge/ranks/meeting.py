@@ -65,6 +65,8 @@ class Meeting:
         self._lock = threading.RLock()
         self._looked = _now()
         self._failure: StreamMergeError | None = None
+        # of a meeting that was seen and not entered, also when it is over
+        self._why_not = ""
         self._begun = world.is_first
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -133,7 +135,7 @@ class Meeting:
         """Go to a meeting that is open, or say why there is none."""
         self._end()
         self._others, self._place = {}, None
-        rank, size, why_not = self._world.rank, self._world.size, ""
+        rank, size = self._world.rank, self._world.size
         for place in sorted(self._partial.glob(MEETINGS)):
             post = _read(self._post_of(0, place)) or {}
             if post.get("state") != "open" or post.get("size") != size:
@@ -143,7 +145,7 @@ class Meeting:
                 try:
                     os.close(os.open(place / f"{rank:05d}.claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
                 except FileExistsError:
-                    why_not = f"another process came as rank {rank} of {size}, and no merge by others was begun"
+                    self._why_not = f"another process came as rank {rank} of {size}, and no merge by others was begun"
                     continue
                 _write(place / f"{rank:05d}.identity.json", self._identity)
                 self._place = place
@@ -151,7 +153,7 @@ class Meeting:
                 self._others = {0: _Other(self._post_of(0))}
                 self._start()
                 return None
-        return why_not or f"no merge by {size} processes was begun in {quoted(self._partial)}"
+        return self._why_not or f"no merge by {size} processes was begun in {quoted(self._partial)}"
 
     def _await(self, missing: Callable[[], str | None]) -> None:
         """Return when nothing is missing any more. Tells once what is waited for."""

@@ -78,6 +78,10 @@ class SharedStorage:
         """Where what is fetched of a model is kept; the model's own place, if nothing is."""
         return self._fetching.cache_folder(location) if self._fetching else location
 
+    def downloaded(self, location: str) -> str:
+        """A folder here that holds all of a model: its own, or where it was fetched to."""
+        return self._fetching.downloaded(location) if self._fetching else location
+
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         """Fetch files in this order, after those that others expect already."""
         self._expecting += 1

@@ -35,7 +35,7 @@ REPEATS = 3
 STRIDE = 97
 _PLAN = """
 import json, sys, time
-from streammerge.cli import api
+from streammerge import api
 began, cpu = time.perf_counter(), time.process_time()
 plan = api.plan(sys.argv[1], memory="4GiB")
 print(json.dumps({"steps": len(plan.steps), "bytes": plan.read_bytes, "torch": "torch" in sys.modules,

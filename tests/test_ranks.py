@@ -239,7 +239,7 @@ def killed(
 TOLD = ("error: rank ", "error: the merge was ended by rank 0: ", "error: no merge by ", "error: of ")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=[pytest.mark.long] if s > 1 else []) for s in range(4)])
 def test_a_process_killed_at_a_random_moment_ends_the_others_and_any_number_goes_on(recipe, out, whole, seed):
     chance = random.Random(seed)
     size = chance.choice((2, 3))

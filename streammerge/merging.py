@@ -37,6 +37,7 @@ class Merging:
     progress   told the bytes read so far and in all, after each block
     workspace  to be shared with other merges, none of which is in the middle of a step; None for one of its own
     remembered  what merges of the same models leave to each other; None where there is only this one
+    threads    for arithmetic; None for all there are
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Merging:
         progress: Callable[[int, int], None] | None = None,
         workspace: Workspace | None = None,
         remembered: Remembered | None = None,
+        threads: int | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self._planned, self._out, self._storage = planned, out, storage
         self._resume, self._delete = resume, delete_consumed
         self._progress, self._workspace, self._remembered = progress, workspace, remembered
+        self._threads = threads
         self._beside = side_files(planned, storage)
         self._memory = MemorySamples()
         self._writing, self._reading = ExitStack(), ExitStack()
@@ -101,6 +104,7 @@ class Merging:
                 skip=self._resumed,
                 workspace=self._workspace,
                 remembered=self._remembered,
+                threads=self._threads,
             )
         return DeviceStream(self._planned, self._storage, skip=self._resumed)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import queue
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -29,7 +27,7 @@ from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader,
 from streammerge.thin_steps import ThinChange, merge_thin, read_factors
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
-from streammerge.world import World
+from streammerge.world import thread_limit
 from streammerge_kernels.apply import apply_
 from streammerge_kernels.matmul import fast_matmul
 
@@ -43,6 +41,7 @@ class Stream:
     skip       tensors that need no merging because an earlier run finished them
     workspace  to be shared with other streams, none of which is in the middle of a step; None for one of its own
     remembered  what streams of the same models leave to each other; None where there is only this one
+    threads    for arithmetic; None for all there are
 
     Use as a context manager: leaving it, however, stops the reading thread and closes every file.
     Raises MergeError naming tensor and expert, and whatever reading raised.
@@ -56,6 +55,7 @@ class Stream:
         skip: Container[str] = (),
         workspace: Workspace | None = None,
         remembered: Remembered | None = None,
+        threads: int | None = None,
     ) -> None:
         self._plan = plan
         self._schedule = Schedule(plan, skip)
@@ -66,7 +66,7 @@ class Stream:
         self.output_waited_seconds = 0.0
         self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
         self._remembered = remembered
-        self._threads = thread_limit()
+        self._threads = threads or thread_limit()
         self._workers = _workers(self._threads)
         self._output: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes
@@ -328,15 +328,3 @@ def threads_for(step: Step, most: int | None = None) -> int:
 def _workers(count: int) -> ThreadPoolExecutor:
     """Threads that each work on a piece of a block: unlike a parallel loop's, none waits for another."""
     return ThreadPoolExecutor(count, "streammerge-piece", torch.set_num_threads, (1,))
-
-
-def thread_limit() -> int:
-    """Threads for arithmetic: the CPUs this process may run on, within its cgroup's quota."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cpus = min(cpus, max(int(quota) // int(period), 1))
-    except (OSError, ValueError):
-        pass
-    # processes of one merge share their host
-    return max(cpus // World.here().local_size, 1)

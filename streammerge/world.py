@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from streammerge.errors import StreamMergeError, quoted
 
@@ -72,3 +73,15 @@ def _count(name: str, default: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 8):
         raise StreamMergeError(f"{quoted(name)} is {quoted(text)}, expected a number from 0", hint=_HINT)
     return int(text)
+
+
+def thread_limit() -> int:
+    """Threads for arithmetic: the CPUs this process may run on, within its cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        pass
+    # processes of one merge share their host
+    return max(cpus // World.here().local_size, 1)

@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from click.testing import CliRunner
 
 import streammerge
 from streammerge import api
-from streammerge.batching import read_night
+from streammerge.batching import read_night, together
 from streammerge.batching.keeping import Folders
 from streammerge.batching.ledger import Ledger
 from streammerge.cli import cli
 from streammerge.errors import EvaluationError, OutputError, RecipeError
+from streammerge.merging import Merging
 from streammerge.rates import Rates
 from streammerge.solve import normal_equations, systems
 from streammerge.solve.systems import System
@@ -65,7 +67,9 @@ def test_a_grid_is_every_combination_of_its_values(family, tmp_path):
     assert night.jobs[4].recipe.to_dict()["parameters"] == {"ridge": 0.1}
 
 
-def test_every_merge_of_a_batch_is_what_it_is_alone(family, tmp_path):
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_every_merge_of_a_batch_is_what_it_is_alone(family, tmp_path, monkeypatch, lanes):
+    monkeypatch.setattr(together, "thread_limit", lambda: lanes)
     path = write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "ties", parameters={"density": 0.3})}])
     outcome = api.batch(path)
     assert not outcome.failed
@@ -86,13 +90,15 @@ def test_jobs_that_differ_in_the_ridge_alone_form_one_system_of_each_matrix(fami
 
     for form in (systems.primal, systems.dual):
         monkeypatch.setattr(normal_equations, form.__name__, counted(form))
+    # a lane for each method
+    monkeypatch.setattr(together, "thread_limit", lambda: 2)
     path = write_night(tmp_path, [grid(family)])
     assert not api.batch(path).failed
-    together = len(formed)
+    side_by_side = len(formed)
     for job in read_night(path).jobs:
         streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
     # two methods of three ridges each
-    assert len(formed) - together == 3 * together
+    assert len(formed) - side_by_side == 3 * side_by_side
     assert set(formed) == {"primal", "dual"}
 
 
@@ -101,13 +107,13 @@ def test_a_report_does_not_tell_whether_another_merge_had_formed_the_system(fami
     api.batch(path)
     for job in read_night(path).jobs:
         streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
-        together, alone = (
+        beside, alone = (
             json.loads((tmp_path / folder / job.name / "streammerge.json").read_text())["tensors"]
             for folder in ("night", "alone")
         )
-        for tensor in (*together, *alone):
+        for tensor in (*beside, *alone):
             del tensor["seconds"]
-        assert together == alone
+        assert beside == alone
 
 
 def test_jobs_of_the_same_models_read_them_once(family, tmp_path, monkeypatch):
@@ -351,7 +357,29 @@ def test_a_small_budget_runs_fewer_jobs_side_by_side(family, tmp_path):
     for group in groups:
         slots = sum(p.memory.peak_bytes - p.memory.workspace_bytes - p.memory.reserve_bytes for p in group.plans)
         steps = max(p.memory.workspace_bytes + p.memory.reserve_bytes for p in group.plans)
-        assert slots + steps + group.kept_bytes <= 640 << 20
+        assert slots + group.lanes * steps + group.kept_bytes <= 640 << 20
+
+
+def test_an_error_of_one_lane_ends_all_when_their_steps_are_over(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "thread_limit", lambda: 3)
+    seen: list[str] = []
+    before = Merging.steps
+
+    def steps(self: Merging) -> Iterator[str]:
+        for number, name in enumerate(before(self)):
+            if number == 2 and self._planned.recipe.method == "wudi":
+                raise ZeroDivisionError
+            seen.append(name)
+            yield name
+
+    monkeypatch.setattr(Merging, "steps", steps)
+    path = write_night(tmp_path, [grid(family)])
+    with pytest.raises(ZeroDivisionError):
+        api.batch(path)
+    assert seen
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streammerge-")]
+    monkeypatch.setattr(Merging, "steps", before)
+    assert len(api.batch(path).done) == 6
 
 
 def test_what_is_kept_of_files_is_bounded_and_read_again_when_gone():

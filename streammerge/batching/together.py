@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +18,7 @@ from streammerge.plan import Plan, free_bytes
 from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.storage.shared import SharedStorage
+from streammerge.world import thread_limit
 
 if TYPE_CHECKING:
     from streammerge.merging import Merging
@@ -32,11 +36,13 @@ class Group:
     """Jobs that run together, each with its plan.
 
     kept_bytes  memory for what one of them read or found, until the others have had it; 0 for a job alone
+    lanes       threads that each merge some of them, a step of each in turn; of one lane all threads merge each step
     """
 
     jobs: tuple[Job, ...]
     plans: tuple[Plan, ...]
     kept_bytes: int = 0
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,7 @@ class Planner:
 
 
 Failed = Callable[[Job, StreamMergeError], None]
+_Ended = tuple[Job, "Merging", StreamMergeError | None]
 
 
 def grouped(
@@ -59,8 +66,8 @@ def grouped(
     failed  told of each job that cannot be planned
     planned_one  told of each that can, all of them before the first group
 
-    In order of each group's first job. The plans of a group take the budget together: one workspace, the slots of
-    each, and what is kept for the others.
+    In order of each group's first job. The plans of a group take the budget together: a workspace for each lane, the
+    slots of each, and what is kept for the others.
     """
     planned: dict[tuple[str, ...], list[tuple[Job, Plan]]] = {}
     for job in jobs:
@@ -83,10 +90,10 @@ def _fitting(alike: Sequence[tuple[Job, Plan]], out: str, planner: Planner) -> G
     """As many of the first jobs as fit the budget and the disk together, or else the first."""
     free = free_bytes(out)
     most = 1 if alike[0][1].device_memory else len(alike)
-    for count in range(most, 1, -1):
+    for count, lanes in itertools.product(range(most, 1, -1), (thread_limit(), 1)):
         chosen = alike[:count]
         steps = max(each.memory.workspace_bytes + each.memory.reserve_bytes for _, each in chosen)
-        left = planner.budget_bytes - steps
+        left = planner.budget_bytes - min(lanes, count) * steps
         needed = sum(each.layout.total_bytes for _, each in chosen)
         if count * SHARE_BYTES > _SLOTS_SHARE * left or needed > free:
             continue
@@ -95,7 +102,12 @@ def _fitting(alike: Sequence[tuple[Job, Plan]], out: str, planner: Planner) -> G
         except PlanError:
             # more slots are needed than a share has
             continue
-        return Group(jobs=tuple(job for job, _ in chosen), plans=plans, kept_bytes=left - count * SHARE_BYTES)
+        return Group(
+            jobs=tuple(job for job, _ in chosen),
+            plans=plans,
+            kept_bytes=left - count * SHARE_BYTES,
+            lanes=min(lanes, count),
+        )
     job, alone = alike[0]
     return Group(jobs=(job,), plans=(alone,))
 
@@ -133,10 +145,11 @@ def merge_together(
 
     found_bytes = int(_FOUND_SHARE * group.kept_bytes)
     storage.keep(group.kept_bytes - found_bytes)
-    remembered = Remembered(found_bytes) if found_bytes else None
-    workspace = Workspace(max(each.memory.workspace_bytes for each in group.plans))
+    workspace_bytes = max(each.memory.workspace_bytes for each in group.plans)
+    lanes = [_Lane(threaded=group.lanes > 1) for _ in range(group.lanes)]
+    workspaces = [Workspace(workspace_bytes) for _ in lanes]
+    found = [Remembered(found_bytes // len(lanes)) if found_bytes else None for _ in lanes]
     sums = _Sums(progress)
-    under_way: dict[str, tuple[Job, Merging, Iterator[str]]] = {}
     ended: list[tuple[Job, Merging]] = []
 
     def fail(job: Job, merging: Merging | None, error: StreamMergeError) -> None:
@@ -145,29 +158,27 @@ def merge_together(
         failed(job, error)
 
     try:
-        for job, planned in zip(group.jobs, group.plans, strict=True):
+        for number, (job, planned) in enumerate(zip(group.jobs, group.plans, strict=True)):
+            # neighbours stay together: of a grid they differ in the last of its keys
+            lane = number * len(lanes) // len(group.jobs)
             try:
                 refuse_unready(planned, place(job), resume=True)
                 merging = Merging(
                     planned, place(job), storage, resume=True, delete_consumed=delete_consumed,
-                    progress=sums.of(job.name), workspace=workspace, remembered=remembered,
+                    progress=sums.of(job.name), workspace=workspaces[lane], remembered=found[lane],
+                    threads=1 if len(lanes) > 1 else None,
                 )  # fmt: skip
                 merging.__enter__()
             except StreamMergeError as error:
                 failed(job, error)
                 continue
-            under_way[job.name] = job, merging, merging.steps()
-        while under_way and not stopped():
-            for name, (job, merging, steps) in list(under_way.items()):
-                try:
-                    if next(steps, None) is not None:
-                        continue
-                except StreamMergeError as error:
-                    del under_way[name]
-                    fail(job, merging, error)
-                    continue
-                ended.append((job, merging))
-                del under_way[name]
+            lanes[lane].under_way[job.name] = job, merging, merging.steps()
+        while any(lane.under_way for lane in lanes) and not stopped():
+            for job, merging, failure in _advanced(lanes):
+                if failure is None:
+                    ended.append((job, merging))
+                else:
+                    fail(job, merging, failure)
         while ended:
             job, merging = ended.pop(0)
             try:
@@ -180,10 +191,53 @@ def merge_together(
     except BaseException as error:
         # else each would wait for what it is about to read
         storage.end()
-        _leave([*(m for _, m, _ in under_way.values()), *(m for _, m in ended)], error)
+        _leave([*(m for lane in lanes for m in lane.end()), *(m for _, m in ended)], error)
         raise
     storage.end()
-    _leave([merging for _, merging, _ in under_way.values()], None)
+    _leave([merging for lane in lanes for merging in lane.end()], None)
+
+
+class _Lane:
+    """Merges that one thread carries out, a step of each in turn. `threaded` gives it a thread of its own."""
+
+    def __init__(self, *, threaded: bool) -> None:
+        import torch
+
+        self.under_way: dict[str, tuple[Job, Merging, Iterator[str]]] = {}
+        # products of several lanes have a core each
+        self._thread = ThreadPoolExecutor(1, "streammerge-lane", torch.set_num_threads, (1,)) if threaded else None
+
+    def begin(self) -> Future[list[_Ended]]:
+        """Take a step of each merge; those that came to their end, and those that failed."""
+        if self._thread is not None:
+            return self._thread.submit(self._step)
+        done: Future[list[_Ended]] = Future()
+        done.set_result(self._step())
+        return done
+
+    def end(self) -> list[Merging]:
+        """Wait for the step that is under way; the merges that have not ended."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        return [merging for _, merging, _ in self.under_way.values()]
+
+    def _step(self) -> list[_Ended]:
+        ended: list[_Ended] = []
+        for name, (job, merging, steps) in list(self.under_way.items()):
+            failure: StreamMergeError | None = None
+            try:
+                if next(steps, None) is not None:
+                    continue
+            except StreamMergeError as error:
+                failure = error
+            del self.under_way[name]
+            ended.append((job, merging, failure))
+        return ended
+
+
+def _advanced(lanes: Sequence[_Lane]) -> list[_Ended]:
+    """What ended after one more step of all: none gets ahead of what the others read."""
+    return [each for done in [lane.begin() for lane in lanes] for each in done.result()]
 
 
 def _leave(mergings: Sequence[Merging], error: BaseException | None) -> None:
@@ -194,11 +248,12 @@ def _leave(mergings: Sequence[Merging], error: BaseException | None) -> None:
 
 
 class _Sums:
-    """Adds up what several merges tell of their progress."""
+    """Adds up what several merges tell of their progress, each from its lane."""
 
     def __init__(self, progress: Callable[[int, int], None] | None) -> None:
         self._progress = progress
         self._told: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
 
     def of(self, name: str) -> Callable[[int, int], None] | None:
         if self._progress is None:
@@ -206,7 +261,8 @@ class _Sums:
         progress = self._progress
 
         def tell(done_bytes: int, total_bytes: int) -> None:
-            self._told[name] = done_bytes, total_bytes
-            progress(sum(done for done, _ in self._told.values()), sum(total for _, total in self._told.values()))
+            with self._lock:
+                self._told[name] = done_bytes, total_bytes
+                progress(sum(done for done, _ in self._told.values()), sum(total for _, total in self._told.values()))
 
         return tell

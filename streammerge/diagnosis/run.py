@@ -23,9 +23,9 @@ from streammerge.readahead import ReadAhead
 from streammerge.recipe import Expert, Recipe
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step
-from streammerge.stream import thread_limit
 from streammerge.streamed_deltas import ElementDeltas, StepReader
 from streammerge.workspace import Workspace
+from streammerge.world import thread_limit
 
 # plans for the bytes alone: any method would do that reads a base and every float tensor
 _PROBE = "task_arithmetic"

@@ -28,7 +28,7 @@ class SharedStorage:
     when everybody who claimed it has discarded it; so one that fails keeps what it claimed, to be tried again.
 
     `read_bytes` counts what was really read in chunks. Reading is safe for threads: a chunk that one of them reads is
-    waited for by the others that want it. All else is done by one thread.
+    waited for by the others that want it. So is discarding; all else is done by one thread.
     """
 
     def __init__(self, storage: Storage, capacity_bytes: int = 0) -> None:
@@ -90,8 +90,10 @@ class SharedStorage:
 
     def discard(self, location: str, name: str) -> None:
         """One merge will not read the file again: delete it if nobody will."""
-        self._claims[location, name] -= 1
-        if self._fetching and self._claims[location, name] <= 0:
+        with self._lock:
+            self._claims[location, name] -= 1
+            last = self._claims[location, name] <= 0
+        if self._fetching and last:
             self._fetching.discard(location, name)
 
     def stop(self) -> None:

@@ -18,6 +18,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from streammerge.storage.places import Places
+from tests.hub_server import Hub, places_of, serving
 from tests.models import llama_tensors, save_model, tuned
 
 # a shell starts what it runs in the background deaf to Ctrl-C, and children inherit that
@@ -47,3 +49,18 @@ def family(tmp_path: Path) -> dict[str, Path]:
     for seed, name in enumerate(("math", "code", "chat"), start=1):
         folders[name] = save_model(tmp_path / name, tuned(base, seed), shards=3 if name == "chat" else 2)
     return folders
+
+
+@pytest.fixture
+def hub(family: dict[str, Path]) -> Iterator[Hub]:
+    """A server that has the family as `org/base`, `org/math` and so on."""
+    with serving() as found:
+        for name, folder in family.items():
+            found.push(f"org/{name}", folder)
+        yield found
+
+
+@pytest.fixture
+def places(hub: Hub, tmp_path: Path) -> Places:
+    """The storage of a recipe's locations, of which that server is the hub."""
+    return places_of(hub, tmp_path)

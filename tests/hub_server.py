@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from streammerge.storage.hub import HubStorage
+from streammerge.storage.places import Places
+
 LFS = (".safetensors", "tokenizer.json")
 
 
@@ -203,3 +206,10 @@ def entry(name: str, data: bytes) -> dict[str, object]:
     if name.endswith(LFS):
         listed["lfs"] = {"sha256": oid_of(name, data), "size": len(data), "pointerSize": 134}
     return listed
+
+
+def places_of(hub: Hub, tmp_path: Path) -> Places:
+    """A storage that knows this server for the hub, with a cache of its own."""
+    places = Places()
+    places._storages["hub"] = HubStorage(endpoint=hub.url, cache=str(tmp_path / "hub-cache"), retry_seconds=(0.01,))
+    return places

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,9 @@ from streammerge.plan import Plan, make_plan
 from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 from streammerge.storage.places import Places
-from tests.hub_server import Hub, serving
+from tests.hub_server import places_of
 from tests.models import recipe_of
-from tests.test_hub_merge import places_of, remote
+from tests.test_hub_merge import remote
 
 APACHE = "---\nlicense: apache-2.0\n---\n"
 LLAMA = "---\nlanguage: [en]\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags:\n- x\n---\n# Llama\n"
@@ -154,14 +154,6 @@ def test_no_licence_and_no_name_breaks_the_head(text):
 
 
 # what was merged, and by what
-
-
-@pytest.fixture
-def hub(family: dict[str, Path]) -> Iterator[Hub]:
-    with serving() as found:
-        for name, folder in family.items():
-            found.push(f"org/{name}", folder)
-        yield found
 
 
 def test_models_on_the_hub_are_named_for_it(family, hub, tmp_path):

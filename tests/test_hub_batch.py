@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,27 +15,14 @@ import yaml
 
 import streammerge
 from streammerge import api, write
-from streammerge.storage.places import Place, Places
+from streammerge.storage.places import Place
 from streammerge.storage.shared import SharedStorage
-from tests.hub_server import Hub, serving
+from tests.hub_server import Hub, places_of
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 from tests.stored import MemoryStorage
-from tests.test_hub_merge import cached, places_of, remote, run, weights_of
+from tests.test_hub_merge import cached, remote, run, weights_of
 
 METHODS = ("linear", "task_arithmetic", "ties")
-
-
-@pytest.fixture
-def hub(family: dict[str, Path]) -> Iterator[Hub]:
-    with serving() as found:
-        for name, folder in family.items():
-            found.push(f"org/{name}", folder)
-        yield found
-
-
-@pytest.fixture
-def places(hub: Hub, tmp_path: Path) -> Places:
-    return places_of(hub, tmp_path)
 
 
 def write_night(folder: Path, jobs: Sequence[dict[str, object]], **more: object) -> Path:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,11 @@ from streammerge.fetching import Fetches
 from streammerge.recipe import Recipe
 from streammerge.storage.hub import HubStorage
 from streammerge.storage.places import Places
-from tests.hub_server import Hub, serving
+from tests.hub_server import Hub, places_of
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "models--*/snapshots/*/*.safetensors"
-
-
-@pytest.fixture
-def hub(family: dict[str, Path]) -> Iterator[Hub]:
-    with serving() as found:
-        for name, folder in family.items():
-            found.push(f"org/{name}", folder)
-        yield found
-
-
-@pytest.fixture
-def places(hub: Hub, tmp_path: Path) -> Places:
-    return places_of(hub, tmp_path)
-
-
-def places_of(hub: Hub, tmp_path: Path) -> Places:
-    places = Places()
-    places._storages["hub"] = HubStorage(endpoint=hub.url, cache=str(tmp_path / "hub-cache"), retry_seconds=(0.01,))
-    return places
 
 
 def remote(method: str = "actmat", **more: object) -> dict[str, object]:

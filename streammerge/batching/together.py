@@ -36,7 +36,7 @@ class Group:
     """Jobs that run together, each with its plan.
 
     kept_bytes  memory for what one of them read or found, until the others have had it; 0 for a job alone
-    lanes       threads that each merge some of them, a step of each in turn; of one lane all threads merge each step
+    lanes       how many threads merge some of them each, a step of one after the other; cores are divided among them
     """
 
     jobs: tuple[Job, ...]
@@ -90,7 +90,7 @@ def _fitting(alike: Sequence[tuple[Job, Plan]], out: str, planner: Planner) -> G
     """As many of the first jobs as fit the budget and the disk together, or else the first."""
     free = free_bytes(out)
     most = 1 if alike[0][1].device_memory else len(alike)
-    for count, lanes in itertools.product(range(most, 1, -1), (thread_limit(), 1)):
+    for count, lanes in itertools.product(range(most, 1, -1), _lane_counts()):
         chosen = alike[:count]
         steps = max(each.memory.workspace_bytes + each.memory.reserve_bytes for _, each in chosen)
         left = planner.budget_bytes - min(lanes, count) * steps
@@ -110,6 +110,12 @@ def _fitting(alike: Sequence[tuple[Job, Plan]], out: str, planner: Planner) -> G
         )
     job, alone = alike[0]
     return Group(jobs=(job,), plans=(alone,))
+
+
+def _lane_counts() -> list[int]:
+    """How many lanes to try: a core for each, or several, down to all for one."""
+    cores = thread_limit()
+    return [cores >> halvings for halvings in range(cores.bit_length())]
 
 
 def _within_share(alone: Plan, planner: Planner) -> Plan:
@@ -146,7 +152,8 @@ def merge_together(
     found_bytes = int(_FOUND_SHARE * group.kept_bytes)
     storage.keep(group.kept_bytes - found_bytes)
     workspace_bytes = max(each.memory.workspace_bytes for each in group.plans)
-    lanes = [_Lane(threaded=group.lanes > 1) for _ in range(group.lanes)]
+    threads = max(thread_limit() // group.lanes, 1)
+    lanes = [_Lane(threads if group.lanes > 1 else None) for _ in range(group.lanes)]
     workspaces = [Workspace(workspace_bytes) for _ in lanes]
     found = [Remembered(found_bytes // len(lanes)) if found_bytes else None for _ in lanes]
     sums = _Sums(progress)
@@ -166,7 +173,7 @@ def merge_together(
                 merging = Merging(
                     planned, place(job), storage, resume=True, delete_consumed=delete_consumed,
                     progress=sums.of(job.name), workspace=workspaces[lane], remembered=found[lane],
-                    threads=1 if len(lanes) > 1 else None,
+                    threads=threads,
                 )  # fmt: skip
                 merging.__enter__()
             except StreamMergeError as error:
@@ -198,14 +205,15 @@ def merge_together(
 
 
 class _Lane:
-    """Merges that one thread carries out, a step of each in turn. `threaded` gives it a thread of its own."""
+    """Merges that one thread carries out, a step of each in turn: its own, whose loops run on `threads`, or ours."""
 
-    def __init__(self, *, threaded: bool) -> None:
+    def __init__(self, threads: int | None) -> None:
         import torch
 
         self.under_way: dict[str, tuple[Job, Merging, Iterator[str]]] = {}
-        # products of several lanes have a core each
-        self._thread = ThreadPoolExecutor(1, "streammerge-lane", torch.set_num_threads, (1,)) if threaded else None
+        self._thread: ThreadPoolExecutor | None = None
+        if threads is not None:
+            self._thread = ThreadPoolExecutor(1, "streammerge-lane", torch.set_num_threads, (threads,))
 
     def begin(self) -> Future[list[_Ended]]:
         """Take a step of each merge; those that came to their end, and those that failed."""

@@ -312,6 +312,7 @@ def test_of_olmo_3_four_layers_lie_in_the_files_and_the_others_are_read_from_the
         assert bool(on_disk[name].any()) == (name in stored)
 
 
+@pytest.mark.long
 def test_a_7b_merge_is_held_against_the_product_rate_and_its_plan(bench, tmp_path):
     (row,) = ran(bench, "seven", tmp_path)
     assert (row["layers"], row["distinct_layers"], row["files"]) == (4, 2, 3)
@@ -329,6 +330,7 @@ def test_twins_that_came_out_different_are_not_recorded(bench, tmp_path):
         seven.refuse_wrong(shape, [], tmp_path, {"tensors": tensors})
 
 
+@pytest.mark.long
 def test_growth_along_an_axis_is_measured_and_fitted(bench, tmp_path):
     found = ran(bench, "growth", tmp_path, "--axis", "width", "--method", "linear")
     *measured, fitted = found
@@ -347,6 +349,7 @@ def test_the_fitted_exponent_is_the_curves_own(bench):
     assert (deeper.depth, deeper.width, wider.depth) == (8, 4096, 4)
 
 
+@pytest.mark.long
 def test_the_papers_formula_is_timed_beside_ours(bench, tmp_path):
     rows = ran(bench, "peers", tmp_path, "--method", "actmat", "--method", "actmat, pinv", "--repeats", "1")
     assert [(row["method"], row["way"]) for row in rows] == [

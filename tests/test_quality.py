@@ -111,7 +111,7 @@ def of_each_kind() -> list[Merge]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_every_merge_becomes_a_row_once_and_rows_become_tables(cache, kind, capsys):
     def run() -> list[dict[str, Any]]:
         lab = EncoderLab(suite(cache), kind, 0, Ledger(cache / "results"))
@@ -164,6 +164,7 @@ def write_tiny_llama(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+@pytest.mark.long
 def test_experts_of_texts_are_merged_and_judged_by_loss(cache):
     write_tiny_llama(cache / "llama")
     training = LanguageTraining(steps=6, windows_per_step=4, window_tokens=16, learning_rate=1e-2)

@@ -22,9 +22,13 @@ RIDGES = (0.01, 0.1, 0.3, 1.0)
 
 
 def demo_models() -> list[Path]:
-    """The base and the experts that `make demo` made, if it did."""
-    found = rows.ROOT / ".cache" / "demo"
-    return [*found.glob("base-*/model"), *sorted(found.glob("expert-*/model"))]
+    """The base and the experts that `make demo` made last, if it did."""
+    newest: dict[str, Path] = {}
+    for done in sorted((rows.ROOT / ".cache" / "demo").glob("*/complete.json"), key=lambda path: path.stat().st_mtime):
+        # a folder's name ends with what decided its bytes
+        newest[done.parent.name.rpartition("-")[0]] = done.parent / "model"
+    experts = [newest[name] for name in sorted(newest) if name.startswith("expert-")]
+    return [newest["base"], *experts] if "base" in newest else []
 
 
 def write_night(path: Path, recipe: Path, out: Path) -> Path:

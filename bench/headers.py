@@ -95,4 +95,4 @@ class HeaderStorage:
 
     def open(self, location: str, name: str) -> ByteFile:
         """There are no weights."""
-        raise NotImplementedError(f"{location}/{name} is on paper")
+        raise FileNotFoundError(f"{location}/{name} is on paper: it has a header and no weights")

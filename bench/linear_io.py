@@ -32,18 +32,22 @@ MERGEKIT_WAYS = {
 }
 
 
-def mergekit_command(work: Path) -> Path:
-    """mergekit in an environment of its own, made once, with the versions that streammerge is tested with."""
-    environment = work / "mergekit-venv"
-    ready = environment / "ready"
+def environment_with(package: str, folder: Path) -> Path:
+    """The programs of an environment that has a package, made once, with the versions that we are tested with."""
+    ready = folder / "ready"
     if not ready.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
-        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        # torch first and pinned: asked for by mergekit alone, a build with CUDA would come along
-        for package in ("torch", MERGEKIT):
-            subprocess.run([*pip, package, "-c", str(rows.ROOT / "constraints.txt")], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        # torch first and pinned: asked for by others alone, a build with CUDA would come along
+        for each in ("torch", package):
+            subprocess.run([*pip, each, "-c", str(rows.ROOT / "constraints.txt")], check=True)
         ready.touch()
-    return (environment / "bin" / "mergekit-yaml").resolve()
+    return folder / "bin"
+
+
+def mergekit_command(work: Path) -> Path:
+    """mergekit in an environment of its own."""
+    return (environment_with(MERGEKIT, work / "mergekit-venv") / "mergekit-yaml").resolve()
 
 
 def streammerge(recipe: Path, out: Path) -> dict[str, float]:

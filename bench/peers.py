@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -24,7 +23,7 @@ import rows
 import torch
 import truth
 from generate import Settings, ensure
-from linear_io import MERGEKIT, mergekit_command
+from linear_io import MERGEKIT, environment_with, mergekit_command
 from llama import SIZES, Shape
 from safetensors import safe_open
 
@@ -96,17 +95,8 @@ class Sized(Settings):
 
 
 def fusion_bench_python(work: Path) -> Path:
-    """The Python of an environment with fusion-bench, made once, with the versions that streammerge is tested with."""
-    environment = work / "fusion-bench-venv"
-    ready = environment / "ready"
-    if not ready.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
-        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        # torch first and pinned, as for mergekit
-        for package in ("torch", FUSION_BENCH):
-            subprocess.run([*pip, package, "-c", str(rows.ROOT / "constraints.txt")], check=True)
-        ready.touch()
-    return environment / "bin" / "python"
+    """The Python of an environment with fusion-bench."""
+    return environment_with(FUSION_BENCH, work / "fusion-bench-venv") / "python"
 
 
 def timed(command: Sequence[str], out: Path, *, durable: bool) -> dict[str, float]:

@@ -21,8 +21,8 @@ FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
 MATRIX_RESERVE_BYTES = 128 << 20
-# what merges were seen to take of their reserve, and those of matrices further for each column or row of the longest
-# side, until all is taken: bench/growth.py
+# what merges take of their reserve, and those of matrices further for each column or row of the longest side, until all
+# is taken: an estimate, which bench/growth.py tests; no budget depends on it
 TAKEN_RESERVE_BYTES, TAKEN_BYTES_PER_SIDE = 16 << 20, 40 << 10
 # a matrix is rounded and written block by block: sum, and two temporaries
 OUTPUT_BUFFERS = 3

@@ -8,8 +8,8 @@ from streammerge.memory import MemoryPlan, is_held
 from streammerge.rates import Work
 from streammerge.step import Step
 
-# forming and measuring a matrix's changes takes as long as this many FLOPs of its products for each byte that is read:
-# bench/growth.py, where narrow matrices merged at fewer FLOPs per second than wide ones by just that
+# forming and measuring a matrix's changes takes as long as about this many FLOPs of its products for each byte that is
+# read: an estimate, from narrow matrices that merged at fewer FLOPs per second than wide ones; bench/growth.py tests it
 FLOPS_PER_BYTE = 600
 
 

@@ -117,6 +117,13 @@ class Deltas(ABC):
         changes = [self.empty(*self.shape) for _ in range(self.experts)]
         return changes, [[work(delta, delta.dense(out=changes[delta.index]))] for delta in self]
 
+    def piecewise(self, work: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+        """work(*operands), of which each entry depends on the operands' entries at its place only.
+
+        A stream on a CPU works on several pieces at a time, as in `each`, and puts the result into the first operand.
+        """
+        return work(*operands)
+
     def weighted_sum(self, weights: Sequence[float]) -> Tensor:
         """Σ w_t (W_t - W_0), [*shape], in a buffer of the step's workspace."""
         merged = self.zeros(*self.shape)

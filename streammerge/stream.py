@@ -23,7 +23,7 @@ from streammerge.readahead import ReadAhead, Slot
 from streammerge.remembered import Remembered
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step, matrices_of
-from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader, compute_dtype
+from streammerge.streamed_deltas import PIECE_ELEMENTS, ElementDeltas, MatrixDeltas, StepReader, compute_dtype
 from streammerge.thin_steps import ThinChange, merge_thin, read_factors
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
@@ -261,24 +261,34 @@ class Stream:
                     tally.outcome.non_finite += bad
         else:
             assert merged.shape == base.shape, f"{step.method} returned {tuple(merged.shape)} for {base.shape}"
-            # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
-            applied = apply_(
-                base,
-                merged.contiguous(),
-                out,
-                rounding=self._plan.recipe.rounding,
-                seed=self._plan.recipe.seed,
-                name=step.name,
-                first_index=first,
-                measure=step.base is not None and tally is not None,
-                base_dtype=TORCH_DTYPES[(step.base or step.experts[0]).dtype],
-            )
-            changed, merged_squares, lost_squares, bad = applied.sums.tolist()
-            refuse_overflow(step, int(bad))
+            measure = step.base is not None and tally is not None
+            changed, merged_squares, lost_squares, beyond = self._apply(step, first, base, merged, out, measure=measure)
+            refuse_overflow(step, int(beyond))
             if tally is not None:
-                tally.outcome.non_finite += int(bad)
+                tally.outcome.non_finite += int(beyond)
                 tally.count(changed, merged_squares, lost_squares)
         return Block(step.name, first * dtype.itemsize, slot.bytes[:nbytes], lambda: self._output.put(slot))
+
+    def _apply(
+        self, step: Step, first: int, base: Tensor, merged: Tensor, out: Tensor, *, measure: bool
+    ) -> list[float]:
+        """Round base + merged to `out`, several pieces at a time; the sums of what was measured."""
+        recipe, base_dtype = self._plan.recipe, TORCH_DTYPES[(step.base or step.experts[0]).dtype]
+        # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
+        runs = base.reshape(-1), merged.contiguous().view(-1), out.view(-1)
+
+        def work(start: int) -> list[float]:
+            addend, change, rounded = (run[start : start + PIECE_ELEMENTS] for run in runs)
+            applied = apply_(
+                addend, change, rounded, rounding=recipe.rounding, seed=recipe.seed, name=step.name,
+                first_index=first + start, measure=measure, base_dtype=base_dtype,
+            )  # fmt: skip
+            return applied.sums.tolist()
+
+        # an empty run is a piece, too
+        starts = range(0, max(out.numel(), 1), PIECE_ELEMENTS)
+        pieces = self._workers.map(work, starts) if len(starts) > 1 else map(work, starts)
+        return [sum(column) for column in zip(*pieces, strict=True)]
 
     def _free_output(self) -> Slot:
         started = time.perf_counter()

@@ -166,17 +166,14 @@ class ElementDeltas(Deltas):
         self.facts = {}
         self.first_element = first_element
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
+        self._columns = self.shape[1] if step.by_row else 1
+        rows = max(PIECE_ELEMENTS // self._columns, 1)
+        self._places = [slice(start, start + rows) for start in range(0, self.shape[0], rows)]
         self._runs: list[Tensor | None] = [*([] if step.base else [None]), *moving]
         # a pass before this one may have measured a whole tensor
         self._measured = [norms.begin(index, first_element, step.elements) for index in range(self.experts)]
-        self._base = self.empty(*self.shape).copy_(origin)
+        self._base = self._take(origin)
         self._delta: Tensor | None = None
-        if not norms.begin(ORIGIN, first_element, step.elements):
-            norm = torch.linalg.vector_norm(self._base).item()
-            norms.origin_squared += norm * norm
-            norms.measured[ORIGIN] += self._base.numel()
-            if not math.isfinite(norm):
-                norms.non_finite += refuse_non_finite(origin, step, names[step.models[0]], first_element)
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -184,23 +181,50 @@ class ElementDeltas(Deltas):
 
     def each(self, work: Callable[[Delta, Tensor], Found]) -> tuple[list[Tensor], list[list[Found]]]:
         changes = [self.empty(*self.shape) for _ in range(self.experts)]
-        columns = self.shape[1] if self._step.by_row else 1
-        rows = max(PIECE_ELEMENTS // columns, 1)
-        places = [slice(first, first + rows) for first in range(0, len(self._base), rows)]
 
         def see(index: int, place: slice) -> tuple[Found, tuple[float, int]]:
-            change, first = changes[index][place], self.first_element + place.start * columns
+            change, first = changes[index][place], self.first_element + place.start * self._columns
             form = partial(self._form, index, place, first)
             formed = form(change)
             return work(_PieceDelta(index, first, form, change), change), formed
 
-        tasks = [[self._workers.submit(see, index, place) for place in places] for index in range(self.experts)]
+        tasks = [[self._workers.submit(see, index, place) for place in self._places] for index in range(self.experts)]
         found: list[list[Found]] = []
         for index, pieces in enumerate(tasks):
             results = [piece.result() for piece in pieces]
             self._count(index, [formed for _, formed in results])
             found.append([result for result, _ in results])
         return changes, found
+
+    def piecewise(self, work: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+        result = operands[0]
+
+        def see(place: slice) -> None:
+            result[place] = work(*(operand[place] for operand in operands))
+
+        self._by_piece(see)
+        return result
+
+    def weighted_sum(self, weights: Sequence[float]) -> Tensor:
+        merged = self.empty(*self.shape)
+
+        def see(place: slice) -> list[tuple[float, int]]:
+            total, first = merged[place].zero_(), self.first_element + place.start * self._columns
+            change, formed = torch.empty_like(total), []
+            for index, weight in enumerate(weights):
+                formed.append(self._form(index, place, first, change))
+                total.add_(change, alpha=weight)
+            return formed
+
+        for index, pieces in enumerate(zip(*self._by_piece(see), strict=True)):
+            self._count(index, pieces)
+        return merged
+
+    def _by_piece(self, see: Callable[[slice], Found]) -> list[Found]:
+        """What several threads see, each at a piece: the slices of what has the block's shape."""
+        if len(self._places) == 1:
+            return [see(self._places[0])]
+        return [piece.result() for piece in [self._workers.submit(see, place) for place in self._places]]
 
     def base(self) -> Tensor:
         return self._base
@@ -230,12 +254,34 @@ class ElementDeltas(Deltas):
         out.copy_(run[place]).sub_(self._base[place])
         if self._measured[index]:
             return 0.0, 0
-        norm = torch.linalg.vector_norm(out).item()
-        non_finite = 0
-        if not math.isfinite(norm):
-            model = self._step.models[index + (self._step.base is not None)]
-            non_finite = refuse_non_finite(run[place], self._step, self._names[model], first_element)
-        return norm * norm, non_finite
+        return self._measure(out, run[place], index + (self._step.base is not None), first_element)
+
+    def _take(self, origin: Tensor) -> Tensor:
+        """The origin's values, measured unless a pass before this one did."""
+        base = self.empty(*self.shape)
+        measured = self._norms.begin(ORIGIN, self.first_element, self._step.elements)
+
+        def see(place: slice) -> tuple[float, int]:
+            values, run = base[place], origin[place]
+            values.copy_(run)
+            if measured:
+                return 0.0, 0
+            return self._measure(values, run, 0, self.first_element + place.start * self._columns)
+
+        for squared, non_finite in self._by_piece(see):
+            self._norms.origin_squared += squared
+            self._norms.non_finite += non_finite
+        if not measured:
+            self._norms.measured[ORIGIN] += base.numel()
+        return base
+
+    def _measure(self, values: Tensor, run: Tensor, source: int, first_element: int) -> tuple[float, int]:
+        """The squared norm of what was formed of a model's run, and how many of the run's values are not finite."""
+        norm = torch.linalg.vector_norm(values).item()
+        if math.isfinite(norm):
+            return norm * norm, 0
+        model = self._names[self._step.models[source]]
+        return norm * norm, refuse_non_finite(run, self._step, model, first_element)
 
     def _count(self, index: int, pieces: Sequence[tuple[float, int]]) -> None:
         if not self._measured[index]:

@@ -57,14 +57,14 @@ def elect(
         divisor = torch.zeros_like(elected)
         total.zero_()
         for share, part in zip(shares, parts, strict=True):
-            product = part * share
-            # by arithmetic, which on CPUs is many times faster than choosing with masks
+            product = _weighted(part, share)
+            # by arithmetic, which on CPUs is many times faster than choosing with masks; by 0 or 1, so that a sum is
+            # the same whether or not its product is rounded first
             agrees = (product * elected).sign_().clamp_(min=0.0)
-            total.add_(product.mul_(agrees))
-            divisor.add_(agrees.mul_(share))
+            total.addcmul_(product, agrees)
+            divisor.add_(agrees, alpha=share)
         if normalize:
-            # by 1 where nothing agrees or the weights cancel
-            total.div_(divisor.add_(divisor.sign().abs_().neg_().add_(1.0)))
+            total.div_(_without_zeros(divisor, shares))
     return merged
 
 
@@ -106,16 +106,30 @@ def _chunks(merged: Tensor | None, deltas: Tensor | Sequence[Tensor]) -> Iterato
         yield total[part], [delta[part] for delta in flat]
 
 
+def _weighted(part: Tensor, share: float) -> Tensor:
+    return part if share == 1.0 else part * share
+
+
+def _without_zeros(divisor: Tensor, shares: list[float]) -> Tensor:
+    """The divisor with anything but 0 where nothing agrees, or the weights cancel, and the sum is 0 or stays."""
+    if min(shares) > 0.0:
+        # where anything agrees it is no less, and else what is divided is 0
+        return divisor.clamp_(min=min(shares))
+    return divisor.add_(divisor.sign().abs_().neg_().add_(1.0))
+
+
 def _sign(values: Tensor, of_zero: float | Tensor) -> Tensor:
     """1, -1 or, where a value is zero or NaN, `of_zero`."""
-    sign = values.sign()
-    return sign.add_(sign.abs().neg_().add_(1.0).mul_(of_zero))
+    return values.sign_().add_(of_zero / 2).sign_()
 
 
 def _vote(parts: list[Tensor], shares: list[float], majority: Majority) -> Tensor:
-    vote = torch.zeros_like(parts[0])
-    for share, part in zip(shares, parts, strict=True):
-        product = part * share
+    counted = majority == "count"
+    vote = parts[0] * shares[0]
+    if counted:
+        vote.sign_()
+    for share, part in zip(shares[1:], parts[1:], strict=True):
         # in two steps: a fused product would leave a remainder where opposite changes cancel
-        vote.add_(product if majority == "mass" else product.sign_())
+        product = _weighted(part, share)
+        vote.add_(product.sign() if counted else product)
     return vote

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
-from streammerge.solve.election import elected, thinned
+from streammerge.solve.election import elected
 from streammerge.solve.trim import crumbs_trim
 
 
@@ -42,5 +42,5 @@ def breadcrumbs_ties(
 
     Returns the merged delta, [*shape].
     """
-    changes = thinned(deltas, crumbs_trim(deltas, density))
-    return elected(changes, deltas.per_expert(weight), zero=1.0, normalize=normalize).mul_(lambda_)
+    thin = crumbs_trim(deltas, density)
+    return elected(deltas, thin, deltas.per_expert(weight), zero=1.0, normalize=normalize, factor=lambda_)

@@ -9,7 +9,7 @@ from torch import Tensor
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
 from streammerge.solve.drops import Dare, drop_entries
-from streammerge.solve.election import elected, thinned
+from streammerge.solve.election import elected
 
 
 @merge_method(
@@ -46,4 +46,4 @@ def dare_ties(
     Returns the merged delta, [*shape]. Raises MergeError for a density outside 0 to 1.
     """
     thin = drop_entries(deltas, Dare(deltas, density), rescale=rescale, rescale_by=rescale_by)
-    return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=1.0, normalize=normalize).mul_(lambda_)
+    return elected(deltas, thin, deltas.per_expert(weight), zero=1.0, normalize=normalize, factor=lambda_)

@@ -9,7 +9,7 @@ from torch import Tensor
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
 from streammerge.solve.drops import Della, drop_entries
-from streammerge.solve.election import elected, thinned
+from streammerge.solve.election import elected
 
 
 @merge_method(
@@ -52,4 +52,4 @@ def della(
     Returns the merged delta, [rows, columns].
     """
     thin = drop_entries(deltas, Della(deltas, density, epsilon), rescale=rescale, rescale_by=rescale_by)
-    return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=1.0, normalize=normalize).mul_(lambda_)
+    return elected(deltas, thin, deltas.per_expert(weight), zero=1.0, normalize=normalize, factor=lambda_)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streammerge.delta import Deltas, PerExpert
 from streammerge.methods import merge_method
-from streammerge.solve.election import elected, thinned
+from streammerge.solve.election import elected
 from streammerge.solve.trim import ties_trim
 
 
@@ -60,4 +60,4 @@ def ties(
     """
     thin, majority = ties_trim(deltas, density, cancelled)
     zero = {"plus": 1.0, "none": 0.0, "majority": majority}[cancelled]
-    return elected(thinned(deltas, thin), deltas.per_expert(weight), zero=zero, normalize=normalize).mul_(lambda_)
+    return elected(deltas, thin, deltas.per_expert(weight), zero=zero, normalize=normalize, factor=lambda_)

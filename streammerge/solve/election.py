@@ -32,17 +32,27 @@ def added(deltas: Deltas, thin: Thin, weights: Sequence[float], *, normalize: bo
     return merged
 
 
-def elected(changes: Sequence[Tensor], weights: Sequence[float], *, zero: float, normalize: bool) -> Tensor:
-    """Merge, entry by entry, the weighted changes whose sign is that of their sum.
+def elected(
+    deltas: Deltas, thin: Thin, weights: Sequence[float], *, zero: float, normalize: bool, factor: float
+) -> Tensor:
+    """Merge, entry by entry, the weighted, thinned changes whose sign is that of their sum.
 
-    changes    each [*shape] float32 or float64
     zero       the sign where the sum is 0: 1, -1 or 0, which gives 0 there
     normalize  divide by the sum of the agreeing changes' weights
+    factor     of the result
 
-    Returns [*shape] in their dtype, see `streammerge_kernels.elect`.
+    Returns [*shape], see `streammerge_kernels.elect`.
     """
-    if changes[0].dtype == torch.float32:
-        return elect(changes, weights, zero=zero, normalize=normalize)
+    rule = elect if deltas.dtype == torch.float32 else _elected
+
+    def work(*changes: Tensor) -> Tensor:
+        return rule(changes, weights, zero=zero, normalize=normalize).mul_(factor)
+
+    return deltas.piecewise(work, *thinned(deltas, thin))
+
+
+def _elected(changes: Sequence[Tensor], weights: Sequence[float], *, zero: float, normalize: bool) -> Tensor:
+    """`elect` of changes in float64."""
     sign = _vote(changes, weights).sign_()
     sign.add_(sign.abs().neg_().add_(1.0), alpha=zero)
     merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streammerge
-from streammerge import memory, methods, stream
+from streammerge import memory, methods, stream, streamed_deltas
 from streammerge.checkpoint import load_checkpoint
 from streammerge.errors import MergeError
 from streammerge.plan import Plan, make_plan
 from streammerge.recipe import Recipe
+from streammerge.solve.cost import PANEL_ELEMENTS
 from streammerge.storage.local import LocalStorage
 from streammerge.stream import Stream, thread_limit
 from streammerge.torch_dtypes import TORCH_DTYPES
@@ -171,6 +172,63 @@ def test_the_bytes_do_not_depend_on_slots_threads_or_budget(monkeypatch, method)
         monkeypatch.setattr(stream, "thread_limit", lambda threads=threads: threads)
         results.append(merged_in_memory(planned(storage, method, slot_bytes=slot_bytes), storage))
     assert all(same(results[0], other) for other in results[1:])
+
+
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let threads work on the smallest pieces that there may be."""
+    for module in (stream, streamed_deltas):
+        monkeypatch.setattr(module, "PIECE_ELEMENTS", PANEL_ELEMENTS)
+
+
+def long_family(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, Tensor]]:
+    """Tensors of several pieces, the last of them short."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"model.norm.weight": (3 * PANEL_ELEMENTS + 5,), "model.layers.0.mlp.down_proj.weight": (40, 900)}
+    base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    experts = [{name: w + 0.02 * torch.randn(w.shape, generator=draw) for name, w in base.items()} for _ in range(3)]
+    return {
+        name: {key: tensor.to(dtype) for key, tensor in model.items()}
+        for name, model in zip(("base", "one", "two", "three"), (base, *experts), strict=True)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {}),
+        ("task_arithmetic", {"lambda": 0.7}),
+        ("ties", {}),
+        ("ties", {"density": 0.4, "cancelled": "majority", "lambda": 0.7}),
+        ("dare_ties", {"density": 0.5}),
+        ("della", {"density": 0.5}),
+        ("breadcrumbs_ties", {"density": 0.5}),
+        ("actmat", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "defaults",
+)
+def test_the_bytes_do_not_depend_on_the_pieces_that_threads_work_on(monkeypatch, method, parameters, dtype):
+    storage = MemoryStorage(long_family(dtype))
+    more = {"parameters": parameters, "rounding": "stochastic", "out_dtype": "bfloat16"}
+    whole = merged_in_memory(planned(storage, method, **more), storage)
+    in_pieces(monkeypatch)
+    for threads in (1, 3):
+        monkeypatch.setattr(stream, "thread_limit", lambda threads=threads: threads)
+        assert same(whole, merged_in_memory(planned(storage, method, **more), storage))
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("model", ["base", "two"])
+def test_what_is_not_finite_is_named_also_in_a_later_piece(monkeypatch, method, model):
+    in_pieces(monkeypatch)
+    models = long_family()
+    models[model]["model.norm.weight"][2 * PANEL_ELEMENTS + 7] = math.nan
+    if method == "linear":
+        models["zero"] = models.pop("base")
+    storage = MemoryStorage(models)
+    name = "zero" if (model, method) == ("base", "linear") else model
+    with pytest.raises(MergeError, match=rf"`model.norm.weight` in `{name}` holds NaN at \[{2 * PANEL_ELEMENTS + 7}\]"):
+        streamed(Stream(planned(storage, method), storage))
 
 
 def test_the_bytes_do_not_depend_on_the_memory_budget(family, tmp_path):

@@ -35,7 +35,8 @@ class Merging:
 
     delete_consumed  delete each file that this merge fetched when all that is made of it is on the disk
     progress   told the bytes read so far and in all, after each block
-    workspace  to be shared with other merges, none of which is in the middle of a step; None for one of its own
+    workspace  to be shared with other merges, none of which is in the middle of a step on the same thread; None for one
+               of its own
     remembered  what merges of the same models leave to each other; None where there is only this one
     threads    for arithmetic; None for all there are
     """
@@ -109,7 +110,10 @@ class Merging:
         return DeviceStream(self._planned, self._storage, skip=self._resumed)
 
     def steps(self) -> Iterator[str]:
-        """Merge: after each step, a tensor or a pool of them, its last tensor's name. The workspace is free then."""
+        """Merge: after each step, a tensor or a pool of them, its last tensor's name.
+
+        The workspace is free then, and another thread may take the next step.
+        """
         ends = _last_of_steps(self._planned, self._resumed)
         for block in quantised(self._planned, self._stream):
             ended = block.outcome is not None and block.name in ends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def save_rates(kind: str, rates: Rates) -> None:
         except (OSError, ValueError):
             table = {}
         table = table if isinstance(table, dict) else {}
-        staged = path.with_suffix(f".{os.getpid()}")
+        staged = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         staged.write_text(json.dumps({**table, kind: asdict(rates)}, indent=2))
         staged.replace(path)
     except (OSError, RuntimeError):

@@ -39,7 +39,8 @@ class Stream:
     """Iterate to merge: blocks come in the plan's order, each tensor's in the order of its bytes.
 
     skip       tensors that need no merging because an earlier run finished them
-    workspace  to be shared with other streams, none of which is in the middle of a step; None for one of its own
+    workspace  to be shared with other streams, none of which is in the middle of a step on the same thread; None for
+               one of its own
     remembered  what streams of the same models leave to each other; None where there is only this one
     threads    for arithmetic; None for all there are
 
@@ -287,7 +288,7 @@ class Stream:
 
         # an empty run is a piece, too
         starts = range(0, max(out.numel(), 1), PIECE_ELEMENTS)
-        pieces = self._workers.map(work, starts) if len(starts) > 1 else map(work, starts)
+        pieces = self._workers.map(work, starts) if len(starts) > 1 and self._threads > 1 else map(work, starts)
         return [sum(column) for column in zip(*pieces, strict=True)]
 
     def _free_output(self) -> Slot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -50,3 +51,7 @@ class Workspace:
     def reset(self) -> None:
         """All of it is free again."""
         self._used = self._overdrawn = 0
+
+
+class LaneWorkspace(threading.local, Workspace):
+    """A workspace for merges that several threads take steps of: each thread that takes from it has one of its own."""

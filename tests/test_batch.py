@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ import yaml
 from click.testing import CliRunner
 
 import streammerge
-from streammerge import api
+from streammerge import api, write
 from streammerge.batching import read_night, together
 from streammerge.batching.keeping import Folders
 from streammerge.batching.ledger import Ledger
 from streammerge.cli import cli
-from streammerge.errors import EvaluationError, OutputError, RecipeError
+from streammerge.errors import EvaluationError, MergeError, OutputError, RecipeError
 from streammerge.merging import Merging
 from streammerge.rates import Rates
+from streammerge.report import Report
 from streammerge.solve import normal_equations, systems
 from streammerge.solve.systems import System
+from streammerge.storage.places import Place
 from streammerge.storage.shared import CHUNK_BYTES, SharedStorage
 from tests.models import llama_tensors, recipe_of, save_model, tuned
 from tests.stored import MemoryStorage, digests
@@ -57,6 +60,13 @@ def grid(family: dict[str, Path]) -> dict[str, object]:
     return {"name": "g", "recipe": recipe_of(family), "grid": axes}
 
 
+def assert_as_alone(path: Path, folder: Path, *, but: tuple[str, ...] = ()) -> None:
+    for job in read_night(path).jobs:
+        if job.name not in but:
+            streammerge.merge(job.recipe, folder / "alone" / job.name)
+            assert digests(folder / "night" / job.name) == digests(folder / "alone" / job.name)
+
+
 def test_a_grid_is_every_combination_of_its_values(family, tmp_path):
     night = read_night(write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "ties")}]))
     assert [job.name for job in night.jobs] == [
@@ -73,9 +83,7 @@ def test_every_merge_of_a_batch_is_what_it_is_alone(family, tmp_path, monkeypatc
     path = write_night(tmp_path, [grid(family), {"recipe": recipe_of(family, "ties", parameters={"density": 0.3})}])
     outcome = api.batch(path)
     assert not outcome.failed
-    for job in read_night(path).jobs:
-        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
-        assert digests(tmp_path / "night" / job.name) == digests(tmp_path / "alone" / job.name)
+    assert_as_alone(path, tmp_path)
 
 
 def test_jobs_that_differ_in_the_ridge_alone_form_one_system_of_each_matrix(family, tmp_path, monkeypatch):
@@ -164,9 +172,7 @@ def test_stopping_leaves_what_running_again_finishes(family, tmp_path):
     assert not outcome.done
     outcome = api.batch(path)
     assert len(outcome.done) == 6
-    for job in read_night(path).jobs:
-        streammerge.merge(job.recipe, tmp_path / "alone" / job.name)
-        assert digests(tmp_path / "night" / job.name) == digests(tmp_path / "alone" / job.name)
+    assert_as_alone(path, tmp_path)
 
 
 def test_running_a_finished_batch_again_does_nothing(family, tmp_path):
@@ -382,6 +388,68 @@ def test_an_error_of_one_lane_ends_all_when_their_steps_are_over(family, tmp_pat
     assert len(api.batch(path).done) == 6
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_a_step_that_fails_while_another_lane_waits_for_what_it_finds_ends_one_merge_alone(
+    family, tmp_path, monkeypatch, lanes
+):
+    monkeypatch.setattr(together, "thread_limit", lambda: lanes)
+    before, begun = normal_equations.primal, threading.Lock()
+
+    def failing_once(*arguments: Any, **more: Any) -> System:
+        if begun.acquire(blocking=False):
+            time.sleep(0.3)
+            raise MergeError("this one fails")
+        return before(*arguments, **more)
+
+    monkeypatch.setattr(normal_equations, "primal", failing_once)
+    # a merge for each lane: nobody else would find it afterwards
+    ridges = [0.01, 0.1, 0.3][: max(lanes, 2)]
+    axes = {"parameters.ridge": ridges}
+    path = write_night(tmp_path, [{"name": "g", "recipe": recipe_of(family), "grid": axes}])
+    outcome = api.batch(path)
+    assert len(outcome.failed) == 1
+    assert len(outcome.done) == len(ridges) - 1
+    assert_as_alone(path, tmp_path, but=tuple(outcome.failed))
+    assert len(api.batch(path).done) == len(ridges)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_merges_that_are_resumed_at_different_tensors_end_as_alone(family, tmp_path, monkeypatch, lanes):
+    monkeypatch.setattr(together, "thread_limit", lambda: lanes)
+    monkeypatch.setattr(write, "GROUP_BYTES", 1)
+    path = write_night(tmp_path, [grid(family)])
+    asked = iter([False] * 9 + [True] * 1000)
+    assert api.batch(path, stopped=lambda: next(asked)).stopped
+    for number, job in enumerate(read_night(path).jobs):
+        partial = tmp_path / "night" / f"{job.name}.partial"
+        assert len((partial / "journal.jsonl").read_text().splitlines()) > 5
+        if number % 2:
+            shutil.rmtree(partial)
+    assert not api.batch(path).failed
+    assert_as_alone(path, tmp_path)
+
+
+def test_a_merge_that_cannot_be_published_keeps_no_other_from_it(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "thread_limit", lambda: 2)
+    before = Merging.publish
+
+    def publish(self: Merging) -> Report:
+        if self._planned.recipe.to_dict()["parameters"] == {"ridge": 0.1}:
+            raise OutputError("this one stays")
+        return before(self)
+
+    monkeypatch.setattr(Merging, "publish", publish)
+    path = write_night(tmp_path, [grid(family)])
+    outcome = api.batch(path)
+    names = [job.name for job in read_night(path).jobs]
+    assert list(outcome.failed) == [name for name in names if name.endswith("=0.1")]
+    # whichever lane was first
+    assert outcome.done == [name for name in names if not name.endswith("=0.1")]
+    monkeypatch.setattr(Merging, "publish", before)
+    assert len(api.batch(path).done) == 6
+    assert_as_alone(path, tmp_path)
+
+
 def test_what_is_kept_of_files_is_bounded_and_read_again_when_gone():
     storage = MemoryStorage({"m": {"w": torch.arange(4 * CHUNK_BYTES // 4, dtype=torch.float32)}})
     shared = SharedStorage(storage, 2 * CHUNK_BYTES)
@@ -401,6 +469,53 @@ def test_the_readers_of_a_chunk_that_cannot_be_read_all_hear_of_it():
         file.fetch(0, 8, memoryview(bytearray(8)))
     storage.fail_at = None
     assert len(file.fetch(0, 8, memoryview(bytearray(8)))) == 8
+
+
+class Fetched(MemoryStorage):
+    """Fetches while it `goes_on`."""
+
+    def __init__(self) -> None:
+        super().__init__({"m": {"w": torch.zeros(4)}})
+        self.goes_on = False
+        self.expected, self.stopping = threading.Event(), threading.Event()
+
+    def pinned(self, location: str) -> str:
+        return location
+
+    def to_fetch(self, location: str, name: str) -> int:
+        return 0
+
+    def cache_folder(self, location: str) -> str:
+        return location
+
+    def downloaded(self, location: str) -> str:
+        return location
+
+    def expect(self, places: Sequence[Place], ahead: int) -> None:
+        self.goes_on = True
+        self.expected.set()
+
+    def discard(self, location: str, name: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopping.set()
+        # long enough for who does not wait for its end
+        self.expected.wait(0.2)
+        self.goes_on = False
+
+
+def test_a_merge_that_ends_does_not_stop_what_another_has_begun_to_fetch():
+    storage = Fetched()
+    shared = SharedStorage(storage)
+    shared.expect([], 1)
+    storage.expected.clear()
+    ends = threading.Thread(target=shared.stop)
+    ends.start()
+    assert storage.stopping.wait(10)
+    shared.expect([], 1)
+    ends.join(10)
+    assert storage.goes_on
 
 
 def run_until(path: Path, seconds: float, stop: signal.Signals) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from streammerge.workspace import Workspace
+from streammerge.workspace import LaneWorkspace, Workspace
 
 
 @given(
@@ -92,3 +96,18 @@ def test_a_workspace_of_nothing_gives_nothing_away():
     assert workspace.empty((0, 5), torch.float32).shape == (0, 5)
     assert workspace.empty((3,), torch.uint8).numel() == 3
     assert workspace.overdraft_bytes == 3
+
+
+def test_each_thread_takes_from_a_workspace_of_its_own():
+    lanes, both = LaneWorkspace(1024), threading.Barrier(2)
+
+    def take(value: float) -> tuple[Tensor, int]:
+        taken = lanes.empty((16,), torch.float32).fill_(value)
+        both.wait(10)
+        return taken, lanes.peak_bytes
+
+    with ThreadPoolExecutor(2) as threads:
+        for value, (taken, peak) in zip((1.0, 2.0), threads.map(take, (1.0, 2.0)), strict=True):
+            assert torch.equal(taken, torch.full((16,), value))
+            assert peak == 64
+    assert lanes.peak_bytes == 0

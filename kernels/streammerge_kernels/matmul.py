@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,6 +16,7 @@ _ACCURATE = 1e-5
 # what the setting was before the first of the blocks under way, and one entry for each of them
 _before: list[Any] = []
 _inside: list[None] = []
+_changing = threading.Lock()
 _SHAPES = ((64, 64, 64), (129, 257, 65), (256, 512, 128), (33, 1024, 300))
 
 
@@ -24,23 +26,25 @@ def fast_matmul() -> Iterator[bool]:
 
     On a CPU with bf16 tiles the same setting would round the operands to bf16, so it is used only
     where products of several shapes came out within 1e-5 of float64, tested once per process.
-    The setting is global to the process: it is put back when the last of the blocks that overlap is left.
-    Not to be entered from several threads at once.
+    The setting is global to the process: it is put back when the last of the blocks that overlap, on whatever
+    threads, is left.
     """
-    if not is_accurate():
-        yield False
-        return
-    settings = _settings()
-    if not _before:
-        _before.append(settings.fp32_precision)
-        settings.fp32_precision = _FAST
-    _inside.append(None)
+    with _changing:
+        accurate = is_accurate()
+        if accurate:
+            settings = _settings()
+            if not _inside:
+                _before.append(settings.fp32_precision)
+                settings.fp32_precision = _FAST
+            _inside.append(None)
     try:
-        yield True
+        yield accurate
     finally:
-        _inside.pop()
-        if not _inside:
-            settings.fp32_precision = _before.pop()
+        with _changing:
+            if accurate:
+                _inside.pop()
+                if not _inside:
+                    settings.fp32_precision = _before.pop()
 
 
 @lru_cache(maxsize=1)

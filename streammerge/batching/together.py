@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from streammerge import devices
 from streammerge.batching.night import Job
 from streammerge.errors import PlanError, StreamMergeError
 from streammerge.journal import refuse_unready
+from streammerge.memory import fit_memory
 from streammerge.plan import Plan, free_bytes
 from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.storage.shared import SharedStorage
 from streammerge.world import thread_limit
-
-if TYPE_CHECKING:
-    from streammerge.merging import Merging
 
 # slots of a merge that shares the budget with others: enough to read and write ahead of one step
 SHARE_BYTES = 64 << 20
@@ -36,7 +34,7 @@ class Group:
     """Jobs that run together, each with its plan.
 
     kept_bytes  memory for what one of them read or found, until the others have had it; 0 for a job alone
-    lanes       how many threads merge some of them each, a step of one after the other; cores are divided among them
+    lanes       how many threads merge them, each a step of whichever is next; cores are divided among them
     """
 
     jobs: tuple[Job, ...]
@@ -54,7 +52,7 @@ class Planner:
 
 
 Failed = Callable[[Job, StreamMergeError], None]
-_Ended = tuple[Job, "Merging", StreamMergeError | None]
+_Life = Generator[None, None, Report]
 
 
 def grouped(
@@ -98,7 +96,7 @@ def _fitting(alike: Sequence[tuple[Job, Plan]], out: str, planner: Planner) -> G
         if count * SHARE_BYTES > _SLOTS_SHARE * left or needed > free:
             continue
         try:
-            plans = tuple(_within_share(each, planner) for _, each in chosen)
+            plans = tuple(_within_share(each) for _, each in chosen)
         except PlanError:
             # more slots are needed than a share has
             continue
@@ -118,9 +116,10 @@ def _lane_counts() -> list[int]:
     return [cores >> halvings for halvings in range(cores.bit_length())]
 
 
-def _within_share(alone: Plan, planner: Planner) -> Plan:
-    memory = alone.memory
-    return planner.plan(alone.recipe, memory.workspace_bytes + memory.reserve_bytes + SHARE_BYTES)
+def _within_share(alone: Plan) -> Plan:
+    """The plan with the slots of one among others: of all it says nothing else depends on the budget."""
+    budget = alone.memory.workspace_bytes + alone.memory.reserve_bytes + SHARE_BYTES
+    return replace(alone, memory=fit_memory(alone.steps, budget, staged=False))
 
 
 def merge_together(
@@ -145,114 +144,81 @@ def merge_together(
     """
     devices.prepare_torch()
     # torch takes seconds to load, and planning refuses without it
+    import torch
+
     from streammerge.merging import Merging
     from streammerge.remembered import Remembered
-    from streammerge.workspace import Workspace
+    from streammerge.workspace import LaneWorkspace
 
     found_bytes = int(_FOUND_SHARE * group.kept_bytes)
     storage.keep(group.kept_bytes - found_bytes)
-    workspace_bytes = max(each.memory.workspace_bytes for each in group.plans)
+    found = Remembered(found_bytes)
+    workspace = LaneWorkspace(max(each.memory.workspace_bytes for each in group.plans))
     threads = max(thread_limit() // group.lanes, 1)
-    lanes = [_Lane(threads if group.lanes > 1 else None) for _ in range(group.lanes)]
-    workspaces = [Workspace(workspace_bytes) for _ in lanes]
-    found = [Remembered(found_bytes // len(lanes)) if found_bytes else None for _ in lanes]
     sums = _Sums(progress)
-    ended: list[tuple[Job, Merging]] = []
 
-    def fail(job: Job, merging: Merging | None, error: StreamMergeError) -> None:
-        if merging is not None:
-            merging.__exit__(type(error), error, error.__traceback__)
-        failed(job, error)
+    def life(job: Job, planned: Plan) -> _Life:
+        """A merge turn by turn, whichever lane takes the next: it begins, takes its steps, and is published."""
+        refuse_unready(planned, place(job), resume=True)
+        with Merging(
+            planned, place(job), storage, resume=True, delete_consumed=delete_consumed,
+            progress=sums.of(job.name), workspace=workspace, remembered=found, threads=threads,
+        ) as merging:  # fmt: skip
+            try:
+                yield
+                for _ in merging.steps():
+                    yield
+                return merging.publish()
+            except StreamMergeError:
+                raise
+            except BaseException:
+                # all are about to be left, and leaving waits for what is being read
+                storage.end()
+                raise
 
+    under_way = {n: life(job, plan) for n, (job, plan) in enumerate(zip(group.jobs, group.plans, strict=True))}
+    finds = Counter[int]()
+
+    def turn(number: int) -> Report | StreamMergeError | None:
+        # a step that failed may have left something
+        workspace.reset()
+        try:
+            next(under_way[number])
+        except StopIteration as end:
+            published: Report = end.value
+            return published
+        except StreamMergeError as error:
+            return error
+        finally:
+            finds[number] += found.end_turn()
+        return None
+
+    lanes: ThreadPoolExecutor | None = None
+    if group.lanes > 1:
+        lanes = ThreadPoolExecutor(group.lanes, "streammerge-lane", torch.set_num_threads, (threads,))
     try:
-        for number, (job, planned) in enumerate(zip(group.jobs, group.plans, strict=True)):
-            # neighbours stay together: of a grid they differ in the last of its keys
-            lane = number * len(lanes) // len(group.jobs)
-            try:
-                refuse_unready(planned, place(job), resume=True)
-                merging = Merging(
-                    planned, place(job), storage, resume=True, delete_consumed=delete_consumed,
-                    progress=sums.of(job.name), workspace=workspaces[lane], remembered=found[lane],
-                    threads=threads,
-                )  # fmt: skip
-                merging.__enter__()
-            except StreamMergeError as error:
-                failed(job, error)
-                continue
-            lanes[lane].under_way[job.name] = job, merging, merging.steps()
-        while any(lane.under_way for lane in lanes) and not stopped():
-            for job, merging, failure in _advanced(lanes):
-                if failure is None:
-                    ended.append((job, merging))
-                else:
-                    fail(job, merging, failure)
-        while ended:
-            job, merging = ended.pop(0)
-            try:
-                report = merging.publish()
-            except StreamMergeError as error:
-                fail(job, merging, error)
-                continue
-            merging.__exit__(None, None, None)
-            yield job, report
-    except BaseException as error:
+        while under_way and not stopped():
+            # each takes a turn before any takes another: none gets ahead of what the others read and find
+            found.forget()
+            # what takes longest and others wait for comes first: of a grid, one merge of each method finds for the rest
+            order = sorted(under_way, key=lambda number: -finds[number])
+            outcomes = dict(zip(order, lanes.map(turn, order) if lanes else map(turn, order), strict=True))
+            for number, outcome in sorted(outcomes.items()):
+                if outcome is not None:
+                    del under_way[number]
+                if isinstance(outcome, StreamMergeError):
+                    failed(group.jobs[number], outcome)
+                elif outcome is not None:
+                    yield group.jobs[number], outcome
+    finally:
         # else each would wait for what it is about to read
         storage.end()
-        _leave([*(m for lane in lanes for m in lane.end()), *(m for _, m in ended)], error)
-        raise
-    storage.end()
-    _leave([merging for lane in lanes for merging in lane.end()], None)
-
-
-class _Lane:
-    """Merges that one thread carries out, a step of each in turn: its own, whose loops run on `threads`, or ours."""
-
-    def __init__(self, threads: int | None) -> None:
-        import torch
-
-        self.under_way: dict[str, tuple[Job, Merging, Iterator[str]]] = {}
-        self._thread: ThreadPoolExecutor | None = None
-        if threads is not None:
-            self._thread = ThreadPoolExecutor(1, "streammerge-lane", torch.set_num_threads, (threads,))
-
-    def begin(self) -> Future[list[_Ended]]:
-        """Take a step of each merge; those that came to their end, and those that failed."""
-        if self._thread is not None:
-            return self._thread.submit(self._step)
-        done: Future[list[_Ended]] = Future()
-        done.set_result(self._step())
-        return done
-
-    def end(self) -> list[Merging]:
-        """Wait for the step that is under way; the merges that have not ended."""
-        if self._thread is not None:
-            self._thread.shutdown()
-        return [merging for _, merging, _ in self.under_way.values()]
-
-    def _step(self) -> list[_Ended]:
-        ended: list[_Ended] = []
-        for name, (job, merging, steps) in list(self.under_way.items()):
-            failure: StreamMergeError | None = None
-            try:
-                if next(steps, None) is not None:
-                    continue
-            except StreamMergeError as error:
-                failure = error
-            del self.under_way[name]
-            ended.append((job, merging, failure))
-        return ended
-
-
-def _advanced(lanes: Sequence[_Lane]) -> list[_Ended]:
-    """What ended after one more step of all: none gets ahead of what the others read."""
-    return [each for done in [lane.begin() for lane in lanes] for each in done.result()]
-
-
-def _leave(mergings: Sequence[Merging], error: BaseException | None) -> None:
-    for merging in reversed(mergings):
-        # what the journal says is durable is so, whatever happens now
-        with suppress(StreamMergeError):
-            merging.__exit__(None if error is None else type(error), error, None)
+        if lanes:
+            lanes.shutdown(cancel_futures=True)
+        for merge in reversed(under_way.values()):
+            # what the journal says is durable is so, whatever happens now
+            with suppress(StreamMergeError):
+                merge.close()
 
 
 class _Sums:

@@ -27,8 +27,8 @@ class SharedStorage:
     Files are fetched until the last of those that expect any stops, or all do at `end`. A file that one discards goes
     when everybody who claimed it has discarded it; so one that fails keeps what it claimed, to be tried again.
 
-    `read_bytes` counts what was really read in chunks. Reading is safe for threads: a chunk that one of them reads is
-    waited for by the others that want it. So is discarding; all else is done by one thread.
+    `read_bytes` counts what was really read in chunks. Threads may use it side by side, but for `keep` and `claim`: a
+    chunk that one of them reads is waited for by the others that want it.
     """
 
     def __init__(self, storage: Storage, capacity_bytes: int = 0) -> None:
@@ -39,6 +39,8 @@ class SharedStorage:
         self._lock = threading.Lock()
         self._claims: Counter[Place] = Counter()
         self._expecting = 0
+        # one that ends all fetching must not end what another has just begun
+        self._fetches = threading.RLock()
         self.keep(capacity_bytes)
 
     def keep(self, capacity_bytes: int) -> None:
@@ -84,9 +86,10 @@ class SharedStorage:
 
     def expect(self, places: Sequence[Place], ahead: int) -> None:
         """Fetch files in this order, after those that others expect already."""
-        self._expecting += 1
-        if self._fetching:
-            self._fetching.expect(places, ahead)
+        with self._fetches:
+            self._expecting += 1
+            if self._fetching:
+                self._fetching.expect(places, ahead)
 
     def discard(self, location: str, name: str) -> None:
         """One merge will not read the file again: delete it if nobody will."""
@@ -98,9 +101,10 @@ class SharedStorage:
 
     def stop(self) -> None:
         """One merge expects no more files: end fetching if nobody does."""
-        self._expecting -= 1
-        if self._expecting <= 0:
-            self.end()
+        with self._fetches:
+            self._expecting -= 1
+            if self._expecting <= 0:
+                self.end()
 
     # what several merges need beside
 
@@ -110,9 +114,10 @@ class SharedStorage:
 
     def end(self) -> None:
         """End all fetching: nobody goes on."""
-        self._expecting = 0
-        if self._fetching:
-            self._fetching.stop()
+        with self._fetches:
+            self._expecting = 0
+            if self._fetching:
+                self._fetching.stop()
 
     # how
 

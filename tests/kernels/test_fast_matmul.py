@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -30,3 +32,22 @@ def test_where_products_come_out_inaccurate_nothing_is_switched(monkeypatch):
             assert settings.fp32_precision == before
     finally:
         matmul.is_accurate.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no such switch")
+def test_blocks_on_several_threads_put_the_setting_back_when_the_last_is_left():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+
+    def many(_: int) -> set[str]:
+        seen = set()
+        for _ in range(2000):
+            with matmul.fast_matmul():
+                seen.add(settings.fp32_precision)
+        return seen
+
+    with matmul.fast_matmul():
+        inside = settings.fp32_precision
+    with ThreadPoolExecutor(4) as threads:
+        assert set().union(*threads.map(many, range(4))) == {inside}
+    assert settings.fp32_precision == before

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import Any, Protocol
 
 from streammerge.errors import CheckpointError, listed, quoted
@@ -200,7 +202,7 @@ def parse_header(header: bytes, data_bytes: int, file: str, label: str) -> dict[
     table.pop("__metadata__", None)
     entries = sorted(
         (_entry(name, facts, file, data_start, label) for name, facts in table.items()),
-        key=lambda e: (e.offset, e.nbytes),
+        key=attrgetter("offset", "nbytes"),
     )
     expected = data_start
     for entry in entries:
@@ -289,8 +291,12 @@ def _is_deeper_than(levels: int, value: Any) -> bool:
     # level by level: recursion is what absurd nesting would exhaust
     level = [value]
     for _ in range(levels + 1):
-        containers = [each for each in level if isinstance(each, (dict, list))]
-        level = [child for each in containers for child in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+        # most values are the numbers of shapes and offsets: of those no more is asked than their class
+        inside = [list(each.values()) for each in level if each.__class__ is dict]
+        inside += [each for each in level if each.__class__ is list]
+        level = list(chain.from_iterable(inside))
     return bool(level)
 
 
@@ -298,14 +304,14 @@ def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> Ten
     def refuse(reason: str) -> CheckpointError:
         return CheckpointError(f"{quoted(name)} in {label} {reason}", hint=_DAMAGED)
 
-    if not isinstance(facts, dict) or not {"dtype", "shape", "data_offsets"} <= facts.keys():
+    if not isinstance(facts, dict) or not ("dtype" in facts and "shape" in facts and "data_offsets" in facts):
         raise refuse("lacks a dtype, shape or data_offsets")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise refuse(f"has the unknown dtype {quoted(dtype)}")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > 16 or not _are_sizes(shape):
         raise refuse("has a shape that is not a short list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
         raise refuse("has data_offsets that are not two byte positions")
     begin, end = offsets
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
@@ -317,8 +323,9 @@ def _entry(name: str, facts: Any, file: str, data_start: int, label: str) -> Ten
     return TensorEntry(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
-def _is_size(number: object) -> bool:
-    return type(number) is int and 0 <= number < 2**63
+def _are_sizes(numbers: list[Any]) -> bool:
+    # not by a function for each: there are four numbers for each tensor of each model
+    return not [n for n in numbers if type(n) is not int or not 0 <= n < 2**63]
 
 
 def _read_header(storage: Storage, location: str, name: str, file_bytes: int) -> tuple[dict[str, TensorEntry], str]:

@@ -155,8 +155,14 @@ def _readings(plan: Plan, skip: Container[str]) -> Iterator[tuple[list[str], lis
 def _files(plan: Plan, step: Step) -> list[Place]:
     entries = (*((step.base,) if step.base else ()), *step.experts)
     read = [*zip(step.models, entries, strict=True), *filter(None, step.beside)]
-    found = (place for model, entry in read for place in _stored(entry, plan.models[model].location))
-    return list(dict.fromkeys(found))
+    found: dict[Place, None] = {}
+    for model, entry in read:
+        location = plan.models[model].location
+        if isinstance(entry, DerivedEntry):
+            found.update(dict.fromkeys(_stored(entry, location)))
+        elif entry.nbytes:
+            found[entry.location or location, entry.file] = None
+    return list(found)
 
 
 def _stored(entry: TensorEntry, location: str) -> Iterator[Place]:

@@ -75,6 +75,9 @@ def find_map(reference: Iterable[str], names: Iterable[str], label: str = "the m
 
     Raises PlanError where several names correspond to one, or one to several.
     """
+    reference, names = list(reference), list(names)
+    if set(reference) == set(names):
+        return KeyMap(renamed={})
     forms, own = {_form(name) for name in reference}, {name: _form(name) for name in names}
     free: dict[str, list[str]] = {}
     for form in forms.difference(own.values()):

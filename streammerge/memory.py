@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.budget import format_bytes
-from streammerge.derived import scratch_bytes
+from streammerge.derived import DerivedEntry, scratch_bytes
 from streammerge.errors import PlanError, quoted
 from streammerge.solve.cost import PANEL_ELEMENTS as PANEL
 from streammerge.step import Step, matrices_of
@@ -173,6 +173,8 @@ def _scratch_bytes(step: Step, slot_bytes: int) -> int:
     block = block_elements(step, slot_bytes)
     if step.thin:
         return scratch_bytes(step.base, block) if step.base else 0
+    if not any(isinstance(entry, DerivedEntry) for entry in (*step.experts, step.base)):
+        return 0
     first = next(matrices_of(step))
     return max((scratch_bytes(entry, block) for entry in (*first.experts, first.base) if entry), default=0)
 

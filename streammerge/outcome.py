@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -149,18 +149,24 @@ class Tally:
         return self.outcome
 
 
-@contextmanager
-def naming(step: Step) -> Iterator[None]:
-    """Add the step to an error that does not tell of it, a bug's: it keeps its traceback."""
-    try:
-        yield
-    except (StreamMergeError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        note = f"while merging {quoted(step.name)} by {quoted(step.method)}"
-        # add_note: from Python 3.11
-        getattr(error, "add_note", logger.error)(note)
-        raise
+class naming:
+    """A context that adds the step to an error that does not tell of it, a bug's: it keeps its traceback."""
+
+    __slots__ = ("_step",)
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (StreamMergeError, torch.OutOfMemoryError)):
+            note = f"while merging {quoted(self._step.name)} by {quoted(self._step.method)}"
+            # add_note: from Python 3.11
+            getattr(error, "add_note", logger.error)(note)
 
 
 def refuse_overflow(step: Step, bad: int) -> None:

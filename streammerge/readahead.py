@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from streammerge.checkpoint import DTYPE_BYTES, ByteFile, Checkpoint, Storage, T
 from streammerge.derived import DerivedEntry
 from streammerge.torch_dtypes import TORCH_DTYPES
 
+# of the slots, so many are given back at a time: the reading thread wakes up once for all of them
+_GIVEN_BACK = 1 / 16
 
-@dataclass(frozen=True, slots=True)
-class Request:
+
+# a tuple is made and compared in a fraction of a dataclass's time, and there are several for each tensor
+class Request(NamedTuple):
     """A run of one tensor's bytes. `last`: nobody is planned to read it again.
 
     `offset` says nothing of a derived tensor, whose parts are read.
@@ -32,16 +36,12 @@ class Request:
     @property
     def offset(self) -> int:
         """Position in the file."""
-        return self.entry.offset + self.first_element * self._itemsize
+        return self.entry.offset + self.first_element * DTYPE_BYTES[self.entry.dtype]
 
     @property
     def nbytes(self) -> int:
         """Length of the run."""
-        return self.elements * self._itemsize
-
-    @property
-    def _itemsize(self) -> int:
-        return DTYPE_BYTES[self.entry.dtype]
+        return self.elements * DTYPE_BYTES[self.entry.dtype]
 
 
 class Slot:
@@ -94,10 +94,13 @@ class ReadAhead:
         self._requests = iter(requests)
         self._slot_bytes = slot_bytes
         # None says that there will be no more
-        self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[list[Slot] | None] = queue.SimpleQueue()
         memory = torch.empty(slots * slot_bytes, dtype=torch.uint8) if memory is None else memory
-        for i in range(slots):
-            self._free.put(Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]))
+        self._given_back = [Slot(memory[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(slots)]
+        self._most_given_back = slots * _GIVEN_BACK
+        # of the reading thread
+        self._usable: deque[Slot] = deque()
+        self._hand_back()
         self._ready: queue.SimpleQueue[Slot | BaseException] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="streammerge-read", daemon=True)
@@ -106,6 +109,9 @@ class ReadAhead:
     def take(self) -> Slot:
         """The next request's slot, waiting for it. Raises what the reading thread raised."""
         started = time.perf_counter()
+        if self._ready.empty():
+            # it may be what reading waits for
+            self._hand_back()
         slot = self._ready.get()
         self.waited_seconds += time.perf_counter() - started
         if isinstance(slot, BaseException):
@@ -113,8 +119,10 @@ class ReadAhead:
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """The slot's data is no longer needed."""
-        self._free.put(slot)
+        """The slot's data is no longer needed. To be called by the thread that takes."""
+        self._given_back.append(slot)
+        if len(self._given_back) >= self._most_given_back:
+            self._hand_back()
 
     def read_now(self, request: Request) -> Tensor:
         """Read a run out of turn, into memory of its own: 1-D in its stored dtype. `release` when it is done with."""
@@ -131,13 +139,16 @@ class ReadAhead:
     def close(self) -> None:
         """Stop reading, wait for the thread and close the files."""
         self._stopped.set()
+        self._hand_back()
         self._free.put(None)
         self._thread.join()
-        for slots in (self._free, self._ready):
-            while not slots.empty():
-                unused = slots.get()
-                if isinstance(unused, Slot):
-                    self._empty(unused)
+        while not self._free.empty():
+            self._usable += self._free.get() or ()
+        while not self._ready.empty():
+            read = self._ready.get()
+            self._usable += () if isinstance(read, BaseException) else (read,)
+        for slot in self._usable:
+            self._empty(slot)
         self._files.close()
 
     def _run(self) -> None:
@@ -157,11 +168,14 @@ class ReadAhead:
             self._ready.put(error)
 
     def _next_free(self) -> Slot | None:
-        slot = self._free.get()
-        if slot is not None and self._stopped.is_set():
-            self._free.put(slot)
-            return None
-        return slot
+        if not self._usable:
+            self._usable += self._free.get() or ()
+        return None if self._stopped.is_set() else self._usable.popleft()
+
+    def _hand_back(self) -> None:
+        if self._given_back:
+            slots, self._given_back = self._given_back, []
+            self._free.put(slots)
 
     def _fetch(self, request: Request, slot: Slot) -> Tensor:
         nbytes, dtype = request.nbytes, TORCH_DTYPES[request.entry.dtype]
@@ -202,6 +216,8 @@ class _OpenFiles:
 
     def of(self, request: Request) -> ByteFile:
         place = (request.entry.location or self._models[request.model].location, request.entry.file)
+        if (file := self._open.get(place)) is not None:
+            return file
         with self._lock:
             if place not in self._open:
                 self._open[place] = self._storage.open(*place)

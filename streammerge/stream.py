@@ -249,7 +249,9 @@ class Stream:
         dtype = TORCH_DTYPES[step.dtype]
         slot = self._free_output()
         nbytes = base.numel() * dtype.itemsize
-        out = slot.view(nbytes, dtype).view(base.shape)
+        out = slot.view(nbytes, dtype)
+        if base.ndim != 1:
+            out = out.view(base.shape)
         if merged is None:
             out.copy_(base)
             # a norm is read faster than elements are tested
@@ -284,7 +286,7 @@ class Stream:
                 addend, change, rounded, rounding=recipe.rounding, seed=recipe.seed, name=step.name,
                 first_index=first + start, measure=measure, base_dtype=base_dtype,
             )  # fmt: skip
-            return applied.sums.tolist()
+            return applied.tolist()
 
         # an empty run is a piece, too
         starts = range(0, max(out.numel(), 1), PIECE_ELEMENTS)

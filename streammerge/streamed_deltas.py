@@ -51,11 +51,13 @@ class Sources:
             for matrix in matrices_of(self.step):
                 yield from self._of_matrix(matrix, block_elements)
             return
+        elements, sources = self.step.elements, (self.origin, *self.moving)
         for number in range(self.passes):
             last = number == self.passes - 1 and not self._again
-            runs = [cut(*source, block_elements, last=last) for source in (self.origin, *self.moving)]
-            for together in zip(*runs, strict=True):
-                yield from together
+            for first in range(0, elements, block_elements):
+                count = min(block_elements, elements - first)
+                for model, entry in sources:
+                    yield Request(model, entry, first, count, last)
 
     def blocks(self, block_elements: int) -> int:
         """Runs of one model."""
@@ -81,8 +83,8 @@ class StepReader:
 
     def __init__(self, ahead: ReadAhead, sources: Sources, block_elements: int) -> None:
         self._ahead, self._step = ahead, sources.step
+        self._sources, self._block_elements = sources, block_elements
         self._planned = list(sources.requests(block_elements))
-        self._pass_length = len(sources.moving) * sources.blocks(block_elements)
         self._taken = 0
 
     def take(self, position: int) -> tuple[Tensor, Callable[[], None]]:
@@ -124,8 +126,11 @@ class StepReader:
 
     def _request(self, position: int) -> Request:
         beyond = position - len(self._planned)
+        if beyond < 0:
+            return self._planned[position]
         # what the last planned pass read, counted from its end
-        return self._planned[position if beyond < 0 else beyond % self._pass_length - self._pass_length]
+        length = len(self._sources.moving) * self._sources.blocks(self._block_elements)
+        return self._planned[beyond % length - length]
 
     def _skip(self) -> None:
         slot: Slot = self._ahead.take()

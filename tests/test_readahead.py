@@ -75,6 +75,26 @@ def test_reading_runs_ahead_by_the_slots_there_are_and_no_further(reading, stora
     assert len(storage.noted("fetch")) == slots + 1
 
 
+@pytest.mark.parametrize("held", [1, 33, 63])
+def test_slots_that_are_given_back_several_at_a_time_are_read_into_when_nothing_else_is_left(reading, held):
+    ahead = reading(64, passes=9)
+    kept = [ahead.take() for _ in range(held)]
+    for number in range(held, 9 * COUNT):
+        slot = ahead.take()
+        assert slot.data.view(torch.float32)[0] == number % COUNT * BLOCK
+        ahead.give_back(slot)
+    assert [slot.data.view(torch.float32)[0] for slot in kept] == [n % COUNT * BLOCK for n in range(held)]
+
+
+def test_closing_lets_go_of_slots_in_every_place(reading, storage):
+    ahead = reading(64)
+    assert eventually(lambda: len(storage.noted("fetch")) == COUNT)
+    for _ in range(3):
+        ahead.give_back(ahead.take())
+    ahead.close()
+    assert len(storage.noted("release")) == COUNT
+
+
 def test_slots_lie_in_one_piece_of_memory_and_do_not_overlap(reading):
     ahead = reading(3)
     held = [ahead.take() for _ in range(3)]

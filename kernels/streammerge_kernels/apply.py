@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ _DEVICE_CHUNK = 1 << 24
 class Applied:
     """What became of one run of elements; add up over a tensor's runs.
 
-    sums  [4] float64, on the output's device: the four below, in their order
+    totals  the four below, in their order: [4] float64 on the output's device, or plain numbers where that is a CPU
 
     changed         0-d int64    entries whose output is not the base's value in the output's dtype
     merged_squares  0-d float64  sum of the squares of the merged delta
@@ -31,7 +30,16 @@ class Applied:
     non_finite      0-d int64    entries of the output that are infinite or NaN
     """
 
-    sums: Tensor
+    totals: Tensor | list[float]
+
+    @property
+    def sums(self) -> Tensor:
+        """The totals as a tensor: [4] float64."""
+        return torch.tensor(self.totals, dtype=torch.float64) if isinstance(self.totals, list) else self.totals
+
+    def tolist(self) -> list[float]:
+        """The totals as numbers; for an accelerator this waits."""
+        return self.totals if isinstance(self.totals, list) else self.totals.tolist()
 
     @property
     def changed(self) -> Tensor:
@@ -82,14 +90,14 @@ def apply_(
             base, merged, out, rounding=rounding, seed=seed, name=name, first_index=first_index, measure=measure
         )
         return applied
-    size = _CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
+    size = _CHUNK if out.is_cpu else _DEVICE_CHUNK
     fits = out.dtype in (base.dtype, base_dtype)
     # a transposed matrix comes as a view; rounding goes by the order of the output's elements
-    runs = merged.contiguous().view(-1), base.contiguous().view(-1), out.view(-1)
-    rows = []
+    runs = _flat(merged), _flat(base), _flat(out)
+    rows: list[tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]] = []
     # an empty run has one empty chunk
     for first in range(0, max(out.numel(), 1), size):
-        exact, addend, rounded = (run[first : first + size] for run in runs)
+        exact, addend, rounded = runs if out.numel() <= size else (run[first : first + size] for run in runs)
         merged_norm = torch.linalg.vector_norm(exact) if measure else None
         exact.add_(addend)
         at = first_index + first
@@ -97,12 +105,13 @@ def apply_(
         if merged_norm is None:
             # float32 whose squares have a sum fits in bfloat16 too, and is read faster than what was written
             telling = rounded if out.dtype is torch.float16 or exact.dtype is torch.float64 else exact
-            norm, nothing = torch.linalg.vector_norm(telling, dtype=exact.dtype), torch.zeros((), device=out.device)
+            norm = torch.linalg.vector_norm(telling, dtype=exact.dtype)
+            nothing = 0 if out.is_cpu else torch.zeros((), device=out.device)
             rows.append((nothing, nothing, nothing, _non_finite(rounded, norm)))
         else:
             changed, lost_norm, norm = _compared(exact, rounded, addend if fits else addend.to(out.dtype))
             rows.append((changed, merged_norm, lost_norm, _non_finite(rounded, norm)))
-    return Applied(_added(rows))
+    return Applied(_added(rows, out.device))
 
 
 def _compared(exact: Tensor, rounded: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,17 +129,27 @@ def _compared(exact: Tensor, rounded: Tensor, before: Tensor) -> tuple[Tensor, T
     return value.ne_(before).sum(), lost, lost
 
 
-def _non_finite(rounded: Tensor, norm: Tensor) -> Tensor:
+def _flat(run: Tensor) -> Tensor:
+    # a view of what is flat is no other tensor, and takes longer than a small one's arithmetic
+    return run if run.ndim == 1 and run.is_contiguous() else run.contiguous().view(-1)
+
+
+def _non_finite(rounded: Tensor, norm: Tensor) -> Tensor | int:
     # a norm is read faster than elements are tested, but only a CPU can look at it here
-    if norm.device.type == "cpu" and math.isfinite(norm.item()):
-        return torch.zeros((), dtype=torch.int64)
+    if norm.is_cpu and math.isfinite(norm.item()):
+        return 0
     return torch.count_nonzero(~torch.isfinite(rounded))
 
 
-def _added(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The sums over chunks, those of norms being of their squares: [4] float64."""
-    on_cpu = rows[0][0].device.type == "cpu"
-    numbers: list[list[Any]] = [[n.item() if on_cpu else n.double() for n in row] for row in rows]
+def _added(rows: Sequence[Sequence[Tensor | int]], device: torch.device) -> Tensor | list[float]:
+    """The sums over chunks, those of norms being of their squares: see `Applied.totals`."""
+    if device.type == "cpu":
+        totals = [0.0] * 4
+        for row in rows:
+            changed, merged, lost, bad = [n if isinstance(n, int) else n.item() for n in row]
+            for place, term in enumerate((changed, merged * merged, lost * lost, bad)):
+                totals[place] += term
+        return totals
+    numbers = [[n.double() for n in row if isinstance(n, Tensor)] for row in rows]
     terms = ((changed, merged * merged, lost * lost, bad) for changed, merged, lost, bad in numbers)
-    sums = [sum(column) for column in zip(*terms, strict=True)]
-    return torch.tensor(sums, dtype=torch.float64) if on_cpu else torch.stack(sums)
+    return torch.stack([sum(column[1:], column[0]) for column in zip(*terms, strict=True)])

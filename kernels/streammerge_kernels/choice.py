@@ -44,7 +44,7 @@ def twin(op: str, tensor: Tensor, size: int) -> ModuleType | None:
 
     `STREAMMERGE_KERNELS=torch` or `=triton` in the environment, or `choose`, overrule the table.
     """
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return None
     chosen = _override.get() or os.environ.get(_VARIABLE, "table")
     assert chosen in ("table", "torch", "triton"), f"{_VARIABLE} is {chosen!r}, expected table, torch or triton"

@@ -274,7 +274,7 @@ class Method:
 
     def load(self) -> Callable[..., Tensor]:
         """Import the function itself; this is where torch comes in."""
-        function: Callable[..., Tensor] = getattr(importlib.import_module(self.module), _function_name(self.name))
+        function: Callable[..., Tensor] = getattr(_module(self.module), _function_name(self.name))
         return function
 
     def look(self, deltas: Deltas, arguments: Mapping[str, Any]) -> Look:
@@ -314,7 +314,11 @@ def _refused(
 def _found(path: str) -> Any:
     """What a "module:name" names."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(_module(module), name)
+
+
+# looking an imported module up takes longer than what is asked of it for a tensor
+_module = cache(importlib.import_module)
 
 
 @cache

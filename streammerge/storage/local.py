@@ -87,15 +87,18 @@ class PositionedFile:
 
     def fetch(self, offset: int, nbytes: int, buffer: memoryview) -> memoryview:
         """Read the range into `buffer`. Raises CheckpointError when the file ends early."""
-        done = 0
-        with _os_errors(self._path):
-            while done < nbytes:
-                step = min(nbytes - done, _CALL_LIMIT_BYTES)
-                count = os.preadv(self._descriptor, [buffer[done : done + step]], offset + done)
+        whole = buffer[:nbytes]
+        rest = whole
+        # a context would take as long as the call that reads a small tensor
+        try:
+            while rest:
+                count = os.preadv(self._descriptor, [rest[:_CALL_LIMIT_BYTES]], offset + nbytes - len(rest))
                 if count == 0:
                     raise _cut_short(self._path, self._descriptor)
-                done += count
-        return buffer[:nbytes]
+                rest = rest[count:]
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        return whole
 
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the range from the page cache, unless it was there before this merge read it."""
@@ -169,8 +172,8 @@ class _PageCache:
             os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
     def _was_cached(self, position: int) -> bool:
-        block = max(position, 0) // _BLOCK_BYTES
-        return any(self._found_cached[block : block + 1])
+        block = position // _BLOCK_BYTES
+        return block < len(self._found_cached) and self._found_cached[block]
 
 
 def _cached_blocks(descriptor: int) -> list[bool]:

@@ -110,19 +110,12 @@ class Deltas(ABC):
         """Form every expert's change and let `work` see it, and change it in place, piece by piece.
 
         Pieces are whole rows, where the block has rows, and begin at multiples of PANEL_ELEMENTS where it has none.
-        A stream on a CPU works on several at a time: `work` writes to its piece only.
+        A stream on a CPU may work on several at a time: `work` writes to its piece only.
 
         Returns the changes, each [*shape] in a buffer of the step's workspace, and for each expert what `work` found.
         """
         changes = [self.empty(*self.shape) for _ in range(self.experts)]
         return changes, [[work(delta, delta.dense(out=changes[delta.index]))] for delta in self]
-
-    def piecewise(self, work: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-        """work(*operands), of which each entry depends on the operands' entries at its place only.
-
-        A stream on a CPU works on several pieces at a time, as in `each`, and puts the result into the first operand.
-        """
-        return work(*operands)
 
     def weighted_sum(self, weights: Sequence[float]) -> Tensor:
         """Σ w_t (W_t - W_0), [*shape], in a buffer of the step's workspace."""

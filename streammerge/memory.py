@@ -13,10 +13,13 @@ from streammerge.step import Step, matrices_of
 
 # large enough for the bus to an accelerator to run at its rate, and for as much to be read ahead as it computes on
 STAGED_SLOT_BYTES, STAGED_INPUT_BYTES = 8 << 20, 1 << 30
-# so small that a block's float32 buffers stay in cache
-LARGEST_SLOT_BYTES = 1 << 20
+# so large that handing a run from thread to thread costs next to nothing
+LARGEST_SLOT_BYTES = 4 << 20
 SMALLEST_SLOT_BYTES = 64 << 10
-MOST_INPUT_SLOTS = 256
+MOST_INPUT_SLOTS, MOST_INPUT_BYTES = 256, 256 << 20
+# element methods merge a block in pieces, several at a time. Their size is a multiple of PANEL: where it is smaller,
+# threads wait for Python
+PIECE_ELEMENTS, MOST_PIECES = 1 << 18, 4
 FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
@@ -64,6 +67,17 @@ def block_elements(step: Step, slot_bytes: int) -> int:
     return elements // PANEL * PANEL or elements
 
 
+def piece_elements(step: Step) -> int:
+    """Elements of one piece of a block, in whole rows where the step needs them."""
+    return max(PIECE_ELEMENTS // step.columns, 1) * step.columns if step.by_row else PIECE_ELEMENTS
+
+
+def piece_workspace_bytes(step: Step, slot_bytes: int) -> int:
+    """What a thread that merges a piece of an element method's block takes beside the slots."""
+    elements = min(piece_elements(step), block_elements(step, slot_bytes), step.elements // step.matrices)
+    return elements * step.compute_bytes * step.block_buffers
+
+
 def is_held(step: Step, slot_bytes: int, input_slots: int) -> bool:
     """Whether a step's inputs fit the slots beside as many that read ahead, so that looking costs no reading."""
     if not step.looks or step.looks_at_model:
@@ -76,7 +90,8 @@ def step_workspace_bytes(step: Step, slot_bytes: int) -> int:
     """What a step takes beside the slots."""
     block = min(block_elements(step, slot_bytes), step.elements // step.matrices) * step.compute_bytes
     if not step.by_matrix:
-        return block * step.block_buffers
+        piece = piece_workspace_bytes(step, slot_bytes)
+        return piece and min(-(-block * step.block_buffers // piece), MOST_PIECES) * piece
     if step.thin:
         return block * OUTPUT_BUFFERS
     kept_base = step.base.nbytes // step.matrices if step.base else 0
@@ -116,7 +131,7 @@ def _cut(steps: Sequence[Step], budget_bytes: int, slot_bytes: int, staged: bool
     reserve = _reserve_bytes(steps, slot_bytes, staged)
     left = budget_bytes - reserve - workspace - _output_slots(slot_bytes) * slot_bytes
     fewest = _fewest_slots(steps)
-    most = min(STAGED_INPUT_BYTES // slot_bytes, MOST_INPUT_SLOTS) if staged else MOST_INPUT_SLOTS
+    most = min((STAGED_INPUT_BYTES if staged else MOST_INPUT_BYTES) // slot_bytes, MOST_INPUT_SLOTS)
     kept = 0 if staged else max((_kept_bytes(step, slot_bytes) for step in steps), default=0)
     input_slots = min(max(most, fewest), left // (slot_bytes + kept))
     if input_slots < fewest:

@@ -112,6 +112,24 @@ class Norms:
                 self.squared[index] = 0.0
         return whole
 
+    def of_piece(self, first_element: int, elements: int) -> Norms:
+        """Sums for a piece that another thread works on, which measure what these did not; to be added in order."""
+        piece = Norms(len(self.squared))
+        for index in (*range(len(self.squared)), ORIGIN):
+            if self.begin(index, first_element, elements):
+                piece.measured[index] = elements
+        return piece
+
+    def add(self, piece: Norms, elements: int) -> None:
+        """Add a piece's sums."""
+        self.origin_squared += piece.origin_squared
+        self.non_finite += piece.non_finite
+        for index in range(len(self.squared)):
+            self.squared[index] += piece.squared[index]
+        for index, known in enumerate(self.measured):
+            if known < elements:
+                self.measured[index] = known + piece.measured[index]
+
     @property
     def mean(self) -> float:
         """The experts' mean norm."""

@@ -6,10 +6,11 @@ import itertools
 import math
 import queue
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from torch import Tensor
 from streammerge import methods
 from streammerge.checkpoint import Storage
 from streammerge.delta import Deltas
-from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
+from streammerge.memory import MOST_PIECES, piece_elements, piece_workspace_bytes
+from streammerge.outcome import Block, Facts, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, Slot
 from streammerge.remembered import Remembered
 from streammerge.schedule import Schedule
 from streammerge.step import COPY, Step, matrices_of
-from streammerge.streamed_deltas import PIECE_ELEMENTS, ElementDeltas, MatrixDeltas, StepReader, compute_dtype
+from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader, compute_dtype
 from streammerge.thin_steps import ThinChange, merge_thin, read_factors
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
@@ -33,6 +35,8 @@ from streammerge_kernels.matmul import fast_matmul
 
 # up to here several threads save a matrix no time, and on busy cores cost much: 128 x 128
 SMALL_MATRIX_ELEMENTS = 1 << 14
+
+Found = TypeVar("Found")
 
 
 class Stream:
@@ -68,7 +72,16 @@ class Stream:
         self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
         self._remembered = remembered
         self._threads = threads or thread_limit()
-        self._workers = _workers(self._threads)
+        pieces = max(
+            (piece_workspace_bytes(s, plan.memory.slot_bytes) for s in plan.steps if not s.by_matrix), default=0
+        )
+        most = plan.memory.workspace_bytes // pieces if pieces else 1
+        self._at_a_time = max(min(self._threads, MOST_PIECES, most), 1)
+        self._workers = _workers(self._at_a_time) if self._at_a_time > 1 else None
+        self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        self._parts = self.workspace.parts(self._at_a_time) if self._workers else []
+        for part in self._parts:
+            self._workspaces.put(part)
         self._output: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         slot_bytes = plan.memory.slot_bytes
         memory = torch.empty(plan.memory.output_slots * slot_bytes, dtype=torch.uint8)
@@ -93,7 +106,8 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._settings.close()
-        self._workers.shutdown()
+        if self._workers:
+            self._workers.shutdown()
         self.ahead.close()
 
     def __iter__(self) -> Iterator[Block]:
@@ -112,8 +126,8 @@ class Stream:
         """What was taken of the workspace, for the report."""
         return {
             "workspace_planned": self._plan.memory.workspace_bytes,
-            "workspace_used": self.workspace.peak_bytes,
-            "workspace_overdraft": self.workspace.overdraft_bytes,
+            "workspace_used": max(self.workspace.peak_bytes, sum(part.peak_bytes for part in self._parts)),
+            "workspace_overdraft": max(self.workspace.overdraft_bytes, sum(p.overdraft_bytes for p in self._parts)),
         }
 
     def _run(self, step: Step) -> Iterator[Block]:
@@ -156,16 +170,45 @@ class Stream:
         look = self._looks.get(step.method) if step.looks_at_model else None
         passes = 0 if step.looks_at_model else step.looks
         for number in range(passes):
-            for deltas in self._blocks(step, reader, runs, number, tally.norms):
+            for deltas in self._pieces(step, reader, runs, number, tally.norms):
                 look = look or method.look(deltas, step.arguments)
                 look.look(number, deltas)
             if look is not None:
                 look.finish(number)
-        for deltas in self._blocks(step, reader, runs, passes, tally.norms):
+
+        def merge(piece: _Piece, norms: Norms, workspace: Workspace) -> tuple[list[float], Facts]:
+            deltas = self._deltas(step, reader, runs, piece, norms, workspace)
             deltas.seen = look
             merged = function(deltas, **step.arguments)
-            add_facts(tally.outcome.facts, deltas.facts)
-            yield self._emit(step, deltas.first_element, deltas.base(), merged, tally)
+            sums = self._apply(step, piece.first, deltas.base(), merged, piece.out, measured=step.base is not None)
+            workspace.reset()
+            return sums, deltas.facts
+
+        for first, origin, moving in runs.blocks(passes):
+            slot, out = self._slot_for(step, origin)
+            pieces = _cut(step, first, origin, moving, out)
+            of_pieces = [tally.norms.of_piece(piece.first, step.elements) for piece in pieces]
+            for norms, (sums, facts) in zip(of_pieces, self._each(merge, pieces, of_pieces), strict=True):
+                tally.norms.add(norms, step.elements)
+                add_facts(tally.outcome.facts, facts)
+                self._count(step, sums, tally)
+            yield self._block(step, first, slot, out)
+
+    def _each(
+        self, merge: Callable[[_Piece, Norms, Workspace], Found], pieces: Sequence[_Piece], norms: Sequence[Norms]
+    ) -> Iterable[Found]:
+        """What `merge` gives of each piece, several at a time."""
+        if self._workers is None or len(pieces) == 1:
+            return [merge(piece, sums, self.workspace) for piece, sums in zip(pieces, norms, strict=True)]
+
+        def in_its_own(piece: _Piece, sums: Norms) -> Found:
+            workspace = self._workspaces.get()
+            try:
+                return merge(piece, sums, workspace)
+            finally:
+                self._workspaces.put(workspace)
+
+        return self._workers.map(in_its_own, pieces, norms)
 
     def _look_at_model(self, number: int, step: Step) -> None:
         block = self._schedule.block_elements(step)
@@ -180,23 +223,36 @@ class Stream:
             self.workspace.reset()
 
     def _model_blocks(self, step: Step, reader: StepReader, block: int) -> Iterator[Deltas]:
-        """What a look at the model sees of one step: its blocks, or the matrix."""
+        """What a look at the model sees of one step: its pieces, or the matrix."""
         norms = [Norms(len(step.experts)) for _ in step.parts or (step,)]
         if step.by_matrix:
             yield self._matrix(step, reader, block, norms)
         else:
-            yield from self._blocks(step, reader, _Runs(reader, step, block, held=False), 0, norms[0])
+            yield from self._pieces(step, reader, _Runs(reader, step, block, held=False), 0, norms[0])
 
-    def _blocks(
+    def _pieces(
         self, step: Step, reader: StepReader, runs: _Runs, number: int, norms: Norms
     ) -> Iterator[ElementDeltas]:
-        """Each block's deltas, in one pass; its memory is free again when the next is asked for."""
+        """Each piece's deltas, in one pass; its memory is free again when the next is asked for."""
         for first, origin, moving in runs.blocks(number):
-            yield ElementDeltas(
-                step, self._plan.names, origin, moving, first, self.workspace, norms,
-                self._workers, seed=self._plan.recipe.seed, held=runs.held, beside=reader.beside(first, len(origin)),
-            )  # fmt: skip
-            self.workspace.reset()
+            for piece in _cut(step, first, origin, moving):
+                yield self._deltas(step, reader, runs, piece, norms, self.workspace, self._workers)
+                self.workspace.reset()
+
+    def _deltas(
+        self,
+        step: Step,
+        reader: StepReader,
+        runs: _Runs,
+        piece: _Piece,
+        norms: Norms,
+        workspace: Workspace,
+        workers: Executor | None = None,
+    ) -> ElementDeltas:
+        return ElementDeltas(
+            step, self._plan.names, piece.origin, piece.moving, piece.first, workspace, norms, workers,
+            seed=self._plan.recipe.seed, held=runs.held, beside=reader.beside(piece.first, len(piece.origin)),
+        )  # fmt: skip
 
     def _by_matrix(self, step: Step, reader: StepReader, block: int, tallies: Mapping[str, Tally]) -> Iterator[Block]:
         function = methods.describe(step.method).load()
@@ -246,16 +302,11 @@ class Stream:
         tally: Tally | None = None,
     ) -> Block:
         """Round base + merged into an output slot; `merged` may be overwritten."""
-        dtype = TORCH_DTYPES[step.dtype]
-        slot = self._free_output()
-        nbytes = base.numel() * dtype.itemsize
-        out = slot.view(nbytes, dtype)
-        if base.ndim != 1:
-            out = out.view(base.shape)
+        slot, out = self._slot_for(step, base)
         if merged is None:
             out.copy_(base)
             # a norm is read faster than elements are tested
-            wide = torch.float64 if dtype is torch.float64 else torch.float32
+            wide = torch.float64 if out.dtype is torch.float64 else torch.float32
             if step.dtype != step.experts[0].dtype and not math.isfinite(torch.linalg.vector_norm(out, dtype=wide)):
                 # a copy keeps its infinities: the cast made the others
                 bad = int((~torch.isfinite(out) & torch.isfinite(base)).sum())
@@ -263,41 +314,68 @@ class Stream:
                 if tally is not None:
                     tally.outcome.non_finite += bad
         else:
-            assert merged.shape == base.shape, f"{step.method} returned {tuple(merged.shape)} for {base.shape}"
-            measure = step.base is not None and tally is not None
-            changed, merged_squares, lost_squares, beyond = self._apply(step, first, base, merged, out, measure=measure)
-            refuse_overflow(step, int(beyond))
-            if tally is not None:
-                tally.outcome.non_finite += int(beyond)
-                tally.count(changed, merged_squares, lost_squares)
-        return Block(step.name, first * dtype.itemsize, slot.bytes[:nbytes], lambda: self._output.put(slot))
+            measured = step.base is not None and tally is not None
+            self._count(step, self._apply(step, first, base, merged, out, measured=measured), tally)
+        return self._block(step, first, slot, out)
 
     def _apply(
-        self, step: Step, first: int, base: Tensor, merged: Tensor, out: Tensor, *, measure: bool
+        self, step: Step, first: int, base: Tensor, merged: Tensor, out: Tensor, *, measured: bool
     ) -> list[float]:
-        """Round base + merged to `out`, several pieces at a time; the sums of what was measured."""
-        recipe, base_dtype = self._plan.recipe, TORCH_DTYPES[(step.base or step.experts[0]).dtype]
-        # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
-        runs = base.reshape(-1), merged.contiguous().view(-1), out.view(-1)
+        """Round base + merged to `out`; what `Applied` counts."""
+        assert merged.shape == base.shape, f"{step.method} returned {tuple(merged.shape)} for {base.shape}"
+        return apply_(
+            base,
+            # a transposed matrix comes as a view; rounding goes by the order of the output's bytes
+            merged.contiguous(),
+            out.view(base.shape),
+            rounding=self._plan.recipe.rounding,
+            seed=self._plan.recipe.seed,
+            name=step.name,
+            first_index=first,
+            measure=measured,
+            base_dtype=TORCH_DTYPES[(step.base or step.experts[0]).dtype],
+        ).tolist()
 
-        def work(start: int) -> list[float]:
-            addend, change, rounded = (run[start : start + PIECE_ELEMENTS] for run in runs)
-            applied = apply_(
-                addend, change, rounded, rounding=recipe.rounding, seed=recipe.seed, name=step.name,
-                first_index=first + start, measure=measure, base_dtype=base_dtype,
-            )  # fmt: skip
-            return applied.tolist()
+    def _count(self, step: Step, sums: list[float], tally: Tally | None) -> None:
+        changed, merged_squares, lost_squares, beyond = sums
+        refuse_overflow(step, int(beyond))
+        if tally is not None:
+            tally.outcome.non_finite += int(beyond)
+            tally.count(changed, merged_squares, lost_squares)
 
-        # an empty run is a piece, too
-        starts = range(0, max(out.numel(), 1), PIECE_ELEMENTS)
-        pieces = self._workers.map(work, starts) if len(starts) > 1 and self._threads > 1 else map(work, starts)
-        return [sum(column) for column in zip(*pieces, strict=True)]
+    def _slot_for(self, step: Step, run: Tensor) -> tuple[Slot, Tensor]:
+        """A free output slot, and its beginning in the run's shape and the output's dtype."""
+        slot, dtype = self._free_output(), TORCH_DTYPES[step.dtype]
+        out = slot.view(run.numel() * dtype.itemsize, dtype)
+        return slot, out if run.ndim == 1 else out.view(run.shape)
+
+    def _block(self, step: Step, first: int, slot: Slot, out: Tensor) -> Block:
+        size = out.dtype.itemsize
+        return Block(step.name, first * size, slot.bytes[: out.numel() * size], lambda: self._output.put(slot))
 
     def _free_output(self) -> Slot:
         started = time.perf_counter()
         slot = self._output.get()
         self.output_waited_seconds += time.perf_counter() - started
         return slot
+
+
+class _Piece(NamedTuple):
+    """A piece of a block: where in the tensor it begins, the models' runs and that of the output, if there is one."""
+
+    first: int
+    origin: Tensor
+    moving: Sequence[Tensor]
+    out: Tensor
+
+
+def _cut(step: Step, first: int, origin: Tensor, moving: Sequence[Tensor], out: Tensor | None = None) -> list[_Piece]:
+    """A block's pieces; `out` is its part of the output, where it has one yet."""
+    out, size = origin if out is None else out, piece_elements(step)
+    if len(origin) <= size:
+        return [_Piece(first, origin, moving, out)]
+    places = [slice(start, start + size) for start in range(0, len(origin), size)]
+    return [_Piece(first + place.start, origin[place], [run[place] for run in moving], out[place]) for place in places]
 
 
 class _Runs:
@@ -336,6 +414,13 @@ def threads_for(step: Step, most: int | None = None) -> int:
     if step.by_matrix and not step.thin:
         return most if step.elements // step.matrices > SMALL_MATRIX_ELEMENTS else 1
     return max(most - 2, 1)
+
+
+def _pieces_at_a_time(plan: Plan, threads: int) -> int:
+    """How many threads merge a piece each: as many as the workspace was planned for."""
+    slot_bytes = plan.memory.slot_bytes
+    largest = max((piece_workspace_bytes(step, slot_bytes) for step in plan.steps if not step.by_matrix), default=0)
+    return min(threads, MOST_PIECES, plan.memory.workspace_bytes // largest) if largest else 1
 
 
 def _workers(count: int) -> ThreadPoolExecutor:

@@ -20,9 +20,6 @@ from streammerge.step import Step, matrices_of
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 
-# a multiple of PANEL_ELEMENTS: fewer than these cost calls, more cost cache
-PIECE_ELEMENTS = 1 << 17
-
 
 class Sources:
     """A step's inputs: the origin W_0 (the base, or the first expert) and the experts read beside it.
@@ -141,7 +138,7 @@ class StepReader:
 class ElementDeltas(Deltas):
     """One block of a tensor: the runs of every model are held, so iterating again costs no reading.
 
-    workers  work on several pieces of it at a time
+    workers  work on several experts' changes at a time, in `each`; None where one thread does all
     """
 
     def __init__(
@@ -153,7 +150,7 @@ class ElementDeltas(Deltas):
         first_element: int,
         workspace: Workspace,
         norms: Norms,
-        workers: Executor,
+        workers: Executor | None,
         *,
         seed: int = 0,
         held: bool = False,
@@ -171,14 +168,16 @@ class ElementDeltas(Deltas):
         self.facts = {}
         self.first_element = first_element
         self._step, self._names, self._workspace, self._norms = step, names, workspace, norms
-        self._columns = self.shape[1] if step.by_row else 1
-        rows = max(PIECE_ELEMENTS // self._columns, 1)
-        self._places = [slice(start, start + rows) for start in range(0, self.shape[0], rows)]
         self._runs: list[Tensor | None] = [*([] if step.base else [None]), *moving]
         # a pass before this one may have measured a whole tensor
         self._measured = [norms.begin(index, first_element, step.elements) for index in range(self.experts)]
-        self._base = self._take(origin)
+        self._base = self.empty(*self.shape).copy_(origin)
         self._delta: Tensor | None = None
+        if not norms.begin(ORIGIN, first_element, step.elements):
+            squared, non_finite = self._measure(self._base, origin, 0)
+            norms.origin_squared += squared
+            norms.measured[ORIGIN] += self._base.numel()
+            norms.non_finite += non_finite
 
     def __iter__(self) -> Iterator[Delta]:
         for index in range(self.experts):
@@ -187,49 +186,22 @@ class ElementDeltas(Deltas):
     def each(self, work: Callable[[Delta, Tensor], Found]) -> tuple[list[Tensor], list[list[Found]]]:
         changes = [self.empty(*self.shape) for _ in range(self.experts)]
 
-        def see(index: int, place: slice) -> tuple[Found, tuple[float, int]]:
-            change, first = changes[index][place], self.first_element + place.start * self._columns
-            form = partial(self._form, index, place, first)
+        def see(index: int) -> tuple[Found, tuple[float, int]]:
+            form, change = partial(self._form, index), changes[index]
             formed = form(change)
-            return work(_PieceDelta(index, first, form, change), change), formed
+            return work(_PieceDelta(index, self.first_element, form, change), change), formed
 
-        tasks = [[self._workers.submit(see, index, place) for place in self._places] for index in range(self.experts)]
         found: list[list[Found]] = []
-        for index, pieces in enumerate(tasks):
-            results = [piece.result() for piece in pieces]
-            self._count(index, [formed for _, formed in results])
-            found.append([result for result, _ in results])
+        for index, (result, formed) in enumerate(self._map(see)):
+            self._count(index, *formed)
+            found.append([result])
         return changes, found
 
-    def piecewise(self, work: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-        result = operands[0]
-
-        def see(place: slice) -> None:
-            result[place] = work(*(operand[place] for operand in operands))
-
-        self._by_piece(see)
-        return result
-
-    def weighted_sum(self, weights: Sequence[float]) -> Tensor:
-        merged = self.empty(*self.shape)
-
-        def see(place: slice) -> list[tuple[float, int]]:
-            total, first = merged[place].zero_(), self.first_element + place.start * self._columns
-            change, formed = torch.empty_like(total), []
-            for index, weight in enumerate(weights):
-                formed.append(self._form(index, place, first, change))
-                total.add_(change, alpha=weight)
-            return formed
-
-        for index, pieces in enumerate(zip(*self._by_piece(see), strict=True)):
-            self._count(index, pieces)
-        return merged
-
-    def _by_piece(self, see: Callable[[slice], Found]) -> list[Found]:
-        """What several threads see, each at a piece: the slices of what has the block's shape."""
-        if len(self._places) == 1:
-            return [see(self._places[0])]
-        return [piece.result() for piece in [self._workers.submit(see, place) for place in self._places]]
+    def _map(self, see: Callable[[int], Found]) -> Iterator[Found]:
+        """What is seen of each expert."""
+        if self._workers is None:
+            return map(see, range(self.experts))
+        return self._workers.map(see, range(self.experts))
 
     def base(self) -> Tensor:
         return self._base
@@ -247,54 +219,34 @@ class ElementDeltas(Deltas):
             if self._delta is None:
                 self._delta = self.empty(*self.shape)
             out = self._delta
-        self._count(index, [self._form(index, slice(None), self.first_element, out)])
+        self._count(index, *self._form(index, out))
         return out
 
-    def _form(self, index: int, place: slice, first_element: int, out: Tensor) -> tuple[float, int]:
-        """Form a piece of a delta; its squared norm and how many of the expert's values are not finite."""
+    def _form(self, index: int, out: Tensor) -> tuple[float, int]:
+        """Form a delta; its squared norm and how many of the expert's values are not finite."""
         run = self._runs[index]
         if run is None:
             out.zero_()
             return 0.0, 0
-        out.copy_(run[place]).sub_(self._base[place])
+        out.copy_(run).sub_(self._base)
         if self._measured[index]:
             return 0.0, 0
-        return self._measure(out, run[place], index + (self._step.base is not None), first_element)
+        return self._measure(out, run, index + (self._step.base is not None))
 
-    def _take(self, origin: Tensor) -> Tensor:
-        """The origin's values, measured unless a pass before this one did."""
-        base = self.empty(*self.shape)
-        measured = self._norms.begin(ORIGIN, self.first_element, self._step.elements)
-
-        def see(place: slice) -> tuple[float, int]:
-            values, run = base[place], origin[place]
-            values.copy_(run)
-            if measured:
-                return 0.0, 0
-            return self._measure(values, run, 0, self.first_element + place.start * self._columns)
-
-        for squared, non_finite in self._by_piece(see):
-            self._norms.origin_squared += squared
-            self._norms.non_finite += non_finite
-        if not measured:
-            self._norms.measured[ORIGIN] += base.numel()
-        return base
-
-    def _measure(self, values: Tensor, run: Tensor, source: int, first_element: int) -> tuple[float, int]:
+    def _measure(self, values: Tensor, run: Tensor, source: int) -> tuple[float, int]:
         """The squared norm of what was formed of a model's run, and how many of the run's values are not finite."""
         norm = torch.linalg.vector_norm(values).item()
         if math.isfinite(norm):
             return norm * norm, 0
         model = self._names[self._step.models[source]]
-        return norm * norm, refuse_non_finite(run, self._step, model, first_element)
+        return norm * norm, refuse_non_finite(run, self._step, model, self.first_element)
 
-    def _count(self, index: int, pieces: Sequence[tuple[float, int]]) -> None:
+    def _count(self, index: int, squared: float, non_finite: int) -> None:
         if not self._measured[index]:
             self._measured[index] = True
             self._norms.measured[index] += self._base.numel()
-            for squared, non_finite in pieces:
-                self._norms.squared[index] += squared
-                self._norms.non_finite += non_finite
+            self._norms.squared[index] += squared
+            self._norms.non_finite += non_finite
 
 
 class _ElementDelta(Delta):

@@ -13,15 +13,15 @@ _MOST_KEPT = 256
 
 
 class Workspace:
-    """An arena of `nbytes`. What is taken stays valid until `reset`.
+    """An arena of `nbytes`, or of `memory` that is so long. What is taken stays valid until `reset`.
 
     A method that takes more than was planned still gets memory, from the allocator; `overdraft_bytes`
     is the most that ever came to. The same shape at the same place is the same tensor again: making one takes longer
     than a small tensor's arithmetic.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+    def __init__(self, nbytes: int, memory: Tensor | None = None) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8) if memory is None else memory
         self._used = 0
         self._overdrawn = 0
         self._taken: dict[tuple[int, tuple[int, ...], torch.dtype], tuple[Tensor, int]] = {}
@@ -51,6 +51,11 @@ class Workspace:
     def reset(self) -> None:
         """All of it is free again."""
         self._used = self._overdrawn = 0
+
+    def parts(self, count: int) -> list[Workspace]:
+        """Its memory as workspaces for so many threads, to be used while nothing is taken of the whole."""
+        nbytes = len(self._memory) // count // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+        return [Workspace(nbytes, self._memory[i * nbytes : (i + 1) * nbytes]) for i in range(count)]
 
 
 class LaneWorkspace(threading.local, Workspace):

@@ -13,6 +13,7 @@ from streammerge.memory import (
     FEWEST_OUTPUT_SLOTS,
     LARGEST_SLOT_BYTES,
     MATRIX_RESERVE_BYTES,
+    MOST_INPUT_BYTES,
     MOST_INPUT_SLOTS,
     MOST_OUTPUT_SLOTS,
     OUTPUT_BYTES,
@@ -80,6 +81,10 @@ def models_of(one: Step) -> int:
     return len(one.experts) + (one.base is not None)
 
 
+def most_input_slots(slot_bytes: int) -> int:
+    return min(MOST_INPUT_SLOTS, MOST_INPUT_BYTES // slot_bytes)
+
+
 def assert_sound(plan: MemoryPlan, steps: list[Step]) -> None:
     assert plan.peak_bytes <= plan.budget_bytes
     assert plan.slot_bytes % 64 == 0
@@ -87,7 +92,7 @@ def assert_sound(plan: MemoryPlan, steps: list[Step]) -> None:
     assert plan.output_slots * plan.slot_bytes <= max(OUTPUT_BYTES, FEWEST_OUTPUT_SLOTS * plan.slot_bytes)
     # a block of every model at once, and the next one being read
     fewest = 2 * max(map(models_of, steps))
-    assert fewest <= plan.input_slots <= max(fewest, MOST_INPUT_SLOTS)
+    assert fewest <= plan.input_slots <= max(fewest, most_input_slots(plan.slot_bytes))
     for each in steps:
         block = block_elements(each, plan.slot_bytes)
         assert block >= 1
@@ -157,7 +162,7 @@ def test_a_budget_too_small_names_the_tensor_and_what_it_takes() -> None:
 
 def test_a_large_budget_is_spent_on_large_slots_and_long_read_ahead() -> None:
     plan = fit_memory([step("w", (4096, 4096))], 100 << 30)
-    assert (plan.slot_bytes, plan.input_slots) == (LARGEST_SLOT_BYTES, MOST_INPUT_SLOTS)
+    assert (plan.slot_bytes, plan.input_slots) == (LARGEST_SLOT_BYTES, most_input_slots(LARGEST_SLOT_BYTES))
     assert plan.peak_bytes < 1 << 30
 
 
@@ -195,9 +200,10 @@ def test_a_matrix_keeps_its_base_in_memory() -> None:
 
 def test_of_a_small_merge_less_is_expected_than_its_slots_and_reserve_could_hold():
     small, large = step("w", (64, 64)), step("w", (1 << 14, 1 << 14))
-    for one, filled in ((small, len(small.models) + 1), (large, MOST_INPUT_SLOTS + MOST_OUTPUT_SLOTS)):
+    most = most_input_slots(LARGEST_SLOT_BYTES)
+    for one, filled in ((small, len(small.models) + 1), (large, most + OUTPUT_BYTES // LARGEST_SLOT_BYTES)):
         plan = fit_memory([one], parse_bytes("1GiB"))
-        assert plan.input_slots == MOST_INPUT_SLOTS
+        assert plan.input_slots == most
         expected = filled * plan.slot_bytes + plan.workspace_bytes + TAKEN_RESERVE_BYTES
         assert plan.expected_bytes == expected < plan.peak_bytes
 

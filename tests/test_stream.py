@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streammerge
-from streammerge import memory, methods, stream, streamed_deltas
+from streammerge import memory, methods, stream
 from streammerge.checkpoint import load_checkpoint
 from streammerge.errors import MergeError
 from streammerge.plan import Plan, make_plan
@@ -176,8 +176,7 @@ def test_the_bytes_do_not_depend_on_slots_threads_or_budget(monkeypatch, method)
 
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let threads work on the smallest pieces that there may be."""
-    for module in (stream, streamed_deltas):
-        monkeypatch.setattr(module, "PIECE_ELEMENTS", PANEL_ELEMENTS)
+    monkeypatch.setattr(memory, "PIECE_ELEMENTS", PANEL_ELEMENTS)
 
 
 def long_family(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, Tensor]]:

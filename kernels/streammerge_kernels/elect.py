@@ -13,7 +13,7 @@ from streammerge_kernels.choice import twin
 Majority = Literal["mass", "count"]
 
 # elements voted on at a time: the temporaries then stay in a CPU's cache; a GPU wants few launches
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 25
 
 

@@ -41,14 +41,10 @@ def elected(
     normalize  divide by the sum of the agreeing changes' weights
     factor     of the result
 
-    Returns [*shape], see `streammerge_kernels.elect`.
+    Returns [*shape] in the changes' dtype, see `streammerge_kernels.elect`.
     """
     rule = elect if deltas.dtype == torch.float32 else _elected
-
-    def work(*changes: Tensor) -> Tensor:
-        return rule(changes, weights, zero=zero, normalize=normalize).mul_(factor)
-
-    return deltas.piecewise(work, *thinned(deltas, thin))
+    return rule(thinned(deltas, thin), weights, zero=zero, normalize=normalize).mul_(factor)
 
 
 def _elected(changes: Sequence[Tensor], weights: Sequence[float], *, zero: float, normalize: bool) -> Tensor:

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_INTERVAL_SECONDS = 0.1
+_INTERVAL_SECONDS = 0.25
 # a report holds no more of them than a screen has room for
 _MOST = 240
 

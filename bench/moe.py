@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -25,9 +25,6 @@ from torch import Tensor
 from streammerge import api, methods
 from streammerge.delta import TensorDeltas
 from streammerge.layout import lay_out
-from streammerge.memory import block_elements
-from streammerge.plan import Plan
-from streammerge.storage.places import Places
 
 MODELS = ("base", "one", "two", "three")
 METHODS = ("linear", "actmat")
@@ -101,22 +98,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Took:
-    """Seconds for one matrix: of the wall's clock, of all threads' processor time, and of the merging thread's own.
-
-    What the threads that read and write take is beside the merging thread's, which nothing overlaps.
-    """
+    """Seconds for one matrix, of the wall's clock and of all threads' processor time."""
 
     seconds: float
     cpu_seconds: float
-    own_cpu_seconds: float
 
-    def less(self, other: Took, times: int = 1) -> Took:
-        """What is left beside so many times `other`."""
-        return Took(
-            seconds=self.seconds - times * other.seconds,
-            cpu_seconds=self.cpu_seconds - times * other.cpu_seconds,
-            own_cpu_seconds=self.own_cpu_seconds - times * other.own_cpu_seconds,
-        )
+    def less(self, other: Took) -> Took:
+        """What is left beside `other`."""
+        return Took(seconds=self.seconds - other.seconds, cpu_seconds=self.cpu_seconds - other.cpu_seconds)
 
     def shown(self) -> tuple[str, str]:
         """Both in milliseconds."""
@@ -166,38 +155,17 @@ def planned(work: Path, shape: Shape) -> dict[str, float]:
     return ran.json() | {"command_seconds": ran.elapsed_seconds, "command_cpu_seconds": ran.cpu_seconds}
 
 
-def merged(folders: list[Path], method: str, out: Path, matrices: int, *, blocks: int | None = None) -> Took:
-    """Merge, in this process; the best of some times, for one matrix.
-
-    blocks  how many each matrix is cut into; as many as it comes to when None
-    """
+def merged(folders: list[Path], method: str, out: Path, matrices: int) -> Took:
+    """Merge, in this process; the best of some times, for one matrix."""
     base, *experts = folders
     recipe = child.write_recipe(out.with_suffix(".yaml"), method, experts, base)
     taken = []
     for _ in range(REPEATS):
         shutil.rmtree(out, ignore_errors=True)
-        began, cpu, own = time.perf_counter(), time.process_time(), time.thread_time()
-        planned = api.plan(recipe, memory="2GiB")
-        api.run(planned if blocks is None else _cut(planned, blocks), str(out), Places())
-        ended = time.perf_counter() - began, time.process_time() - cpu, time.thread_time() - own
-        taken.append([each / matrices for each in ended])
-    seconds, cpu_seconds, own_seconds = map(min, zip(*taken, strict=True))
-    return Took(seconds=seconds, cpu_seconds=cpu_seconds, own_cpu_seconds=own_seconds)
-
-
-def blocks_of(folders: list[Path], method: str, out: Path) -> int:
-    """Into how many blocks a merge cuts each matrix."""
-    base, *experts = folders
-    planned = api.plan(child.write_recipe(out.with_suffix(".yaml"), method, experts, base), memory="2GiB")
-    step = planned.steps[0]
-    return -(-step.elements // block_elements(step, planned.memory.slot_bytes))
-
-
-def _cut(planned: Plan, blocks: int) -> Plan:
-    """The plan with slots so small that its matrices, all of one shape, have so many blocks of whole rows."""
-    step = planned.steps[0]
-    slot_bytes = -(-step.shape[0] // blocks) * step.columns * step.element_bytes
-    return replace(planned, memory=replace(planned.memory, slot_bytes=slot_bytes))
+        began, cpu = time.perf_counter(), time.process_time()
+        api.merge(recipe, out, memory="2GiB")
+        taken.append(((time.perf_counter() - began) / matrices, (time.process_time() - cpu) / matrices))
+    return Took(seconds=min(wall for wall, _ in taken), cpu_seconds=min(cpu for _, cpu in taken))
 
 
 def arithmetic(folders: list[Path], method: str, out: Path) -> Took:
@@ -217,7 +185,7 @@ def arithmetic(folders: list[Path], method: str, out: Path) -> Took:
         cpu_seconds.append(time.process_time() - cpu)
         _refuse(name, base.float().add_(change), given)
     torch.set_num_threads(threads)
-    return Took(seconds=median(seconds), cpu_seconds=median(cpu_seconds), own_cpu_seconds=median(cpu_seconds))
+    return Took(seconds=median(seconds), cpu_seconds=median(cpu_seconds))
 
 
 def _refuse(name: str, expected: Tensor, found: Tensor) -> None:
@@ -247,31 +215,22 @@ def main() -> None:
     lines = []
     matrices = 3 * small.layers * small.experts
     for method in METHODS:
+        folders = filled(work / "small", small)
+        tiny = merged(folders, method, work / "out", matrices)
+        alone = arithmetic(folders, method, work / "out")
+        shutil.rmtree(work / "small")
         folders = filled(work / "large", large)
         real = merged(folders, method, work / "out", 3 * large.experts)
-        blocks = blocks_of(folders, method, work / "out")
         shutil.rmtree(work / "large")
-        folders = filled(work / "small", small)
-        whole = merged(folders, method, work / "out", matrices)
-        alone = arithmetic(folders, method, work / "out")
-        # a block costs, too: of a real matrix there are several, and a method by element works on each by itself
-        tiny = merged(folders, method, work / "out", matrices, blocks=blocks)
-        shutil.rmtree(work / "small")
-        calls = blocks if methods.describe(method).streams_by == "element" else 1
-        besides = whole.less(alone), tiny.less(alone, calls)
-        shares = [beside.cpu_seconds / real.cpu_seconds for beside in besides]
-        facts = {"part": "merge", "size": given.size, "method": method, "matrices": matrices, "blocks": blocks,
-                 "share": shares[0], "share_with_blocks": shares[1]}  # fmt: skip
-        told = {"small": whole, "blocks": tiny, "arithmetic": alone, "beside": besides[0],
-                "beside_blocks": besides[1], "large": real}  # fmt: skip
-        for label, took in told.items():
-            facts |= {f"{label}_{name}": seconds for name, seconds in asdict(took).items()}
+        beside = tiny.less(alone)
+        share = beside.cpu_seconds / real.cpu_seconds
+        facts = {"part": "merge", "size": given.size, "method": method, "matrices": matrices, "share": share}
+        for label, took in (("small", tiny), ("arithmetic", alone), ("beside", beside), ("large", real)):
+            facts |= {f"{label}_seconds": took.seconds, f"{label}_cpu_seconds": took.cpu_seconds}
         rows.append(given.results, "moe", facts)
-        for count, took, beside, share in zip((1, blocks), (whole, tiny), besides, shares, strict=True):
-            own = f"{1e3 * beside.own_cpu_seconds:.2f} ms"
-            lines.append((method, str(count), *took.shown(), *beside.shown(), own, *real.shown(), f"{share:.2%}"))
-    columns = ("method", "blocks", f"{small.wide} x {small.hidden}", "CPU", "beside arithmetic", "CPU",
-               "merging thread's", f"{large.wide} x {large.hidden}", "CPU", "share of CPU")  # fmt: skip
+        lines.append((method, *tiny.shown(), *beside.shown(), *real.shown(), f"{share:.2%}"))
+    columns = ("method", f"{small.wide} x {small.hidden}", "CPU", "beside arithmetic", "CPU",
+               f"{large.wide} x {large.hidden}", "CPU", "share of CPU")  # fmt: skip
     print(f"\none of {matrices} matrices, {len(MODELS) - 1} experts\n" + rows.table(columns, lines))
     shutil.rmtree(work)
     # of the processor: other work on the machine takes none of it

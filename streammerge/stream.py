@@ -72,14 +72,10 @@ class Stream:
         self.workspace = workspace or Workspace(plan.memory.workspace_bytes)
         self._remembered = remembered
         self._threads = threads or thread_limit()
-        pieces = max(
-            (piece_workspace_bytes(s, plan.memory.slot_bytes) for s in plan.steps if not s.by_matrix), default=0
-        )
-        most = plan.memory.workspace_bytes // pieces if pieces else 1
-        self._at_a_time = max(min(self._threads, MOST_PIECES, most), 1)
-        self._workers = _workers(self._at_a_time) if self._at_a_time > 1 else None
+        at_a_time = _pieces_at_a_time(plan, self._threads)
+        self._workers = _workers(at_a_time) if at_a_time > 1 else None
+        self._parts = self.workspace.parts(at_a_time) if self._workers else []
         self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
-        self._parts = self.workspace.parts(self._at_a_time) if self._workers else []
         for part in self._parts:
             self._workspaces.put(part)
         self._output: queue.SimpleQueue[Slot] = queue.SimpleQueue()

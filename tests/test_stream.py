@@ -216,6 +216,24 @@ def test_the_bytes_do_not_depend_on_the_pieces_that_threads_work_on(monkeypatch,
         assert same(whole, merged_in_memory(planned(storage, method, **more), storage))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("method", ["linear", "ties", "sce", "slerp"])
+def test_pieces_take_no_more_than_was_planned(monkeypatch, method, threads):
+    in_pieces(monkeypatch)
+    monkeypatch.setattr(stream, "thread_limit", lambda: threads)
+    models = long_family()
+    if method == "slerp":
+        del models["two"], models["three"]
+    storage = MemoryStorage(models)
+    more = {"parameters": {"t": 0.3}} if method == "slerp" else {}
+    with Stream(planned(storage, method, **more), storage) as merging:
+        for block in merging:
+            block.release()
+        facts = merging.memory_facts()
+    assert facts["workspace_overdraft"] == 0
+    assert 0 < facts["workspace_used"] <= facts["workspace_planned"]
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 @pytest.mark.parametrize("model", ["base", "two"])
 def test_what_is_not_finite_is_named_also_in_a_later_piece(monkeypatch, method, model):

@@ -111,3 +111,13 @@ def test_each_thread_takes_from_a_workspace_of_its_own():
             assert torch.equal(taken, torch.full((16,), value))
             assert peak == 64
     assert lanes.peak_bytes == 0
+
+
+def test_parts_share_its_memory_without_touching_each_other():
+    whole = Workspace(4096)
+    parts = whole.parts(3)
+    taken = [part.empty((4096 // 3 // 64 * 64,), torch.uint8).fill_(number) for number, part in enumerate(parts)]
+    assert [set(tensor.tolist()) for tensor in taken] == [{0}, {1}, {2}]
+    memory = whole.empty((4096,), torch.uint8)
+    assert set(memory[: 3 * len(taken[0])].tolist()) == {0, 1, 2}
+    assert all(part.overdraft_bytes == 0 for part in parts)

@@ -24,6 +24,8 @@ FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
 MATRIX_RESERVE_BYTES = 128 << 20
+# or, where that is more, so much and so much again for each column or row of the longest side: bench/seven.py
+LARGE_RESERVE_BYTES, RESERVE_BYTES_PER_SIDE = 64 << 20, 16 << 10
 # what merges take of their reserve, and those of matrices further for each column or row of the longest side, until all
 # is taken: an estimate, which bench/growth.py tests; no budget depends on it
 TAKEN_RESERVE_BYTES, TAKEN_BYTES_PER_SIDE = 16 << 20, 40 << 10
@@ -156,8 +158,7 @@ def _untouched_bytes(steps: Sequence[Step], slot_bytes: int, input_slots: int, s
     slots = input_slots - min(filled, input_slots) + output_slots - min(written, output_slots)
     if staged:
         return slots * slot_bytes
-    longest = max((max(step.shape[-2:]) for step in steps if step.by_matrix), default=0)
-    reserve = RESERVE_BYTES + (MATRIX_RESERVE_BYTES if longest else 0)
+    longest, reserve = _longest_side(steps), RESERVE_BYTES + _matrix_reserve_bytes(steps)
     return slots * slot_bytes + max(reserve - TAKEN_RESERVE_BYTES - longest * TAKEN_BYTES_PER_SIDE, 0)
 
 
@@ -174,13 +175,21 @@ def _kept_bytes(step: Step, slot_bytes: int) -> int:
 
 
 def _reserve_bytes(steps: Sequence[Step], slot_bytes: int, staged: bool) -> int:
-    by_matrix = any(step.by_matrix for step in steps) and not staged
     # the thread that reads ahead computes one run, and another that is read out of turn may be computed meanwhile
     deriving = 2 * max((_scratch_bytes(step, slot_bytes) for step in steps), default=0)
     quantising = max((step.scheme.quantising_bytes for step in steps if step.scheme), default=0)
     # taken from the allocator, which gives it back, and not at the same time as what other steps take there
     thin = max((step.workspace_bytes for step in steps if step.thin), default=0)
-    return RESERVE_BYTES + (MATRIX_RESERVE_BYTES if by_matrix else 0) + deriving + quantising + thin
+    return RESERVE_BYTES + (0 if staged else _matrix_reserve_bytes(steps)) + deriving + quantising + thin
+
+
+def _matrix_reserve_bytes(steps: Sequence[Step]) -> int:
+    longest = _longest_side(steps)
+    return max(MATRIX_RESERVE_BYTES, LARGE_RESERVE_BYTES + longest * RESERVE_BYTES_PER_SIDE) if longest else 0
+
+
+def _longest_side(steps: Sequence[Step]) -> int:
+    return max((max(step.shape[-2:]) for step in steps if step.by_matrix), default=0)
 
 
 def _scratch_bytes(step: Step, slot_bytes: int) -> int:

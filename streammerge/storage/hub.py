@@ -88,7 +88,12 @@ class HubStorage:
         """A small range of a file. Only that range is fetched of weights, all of a file of another kind."""
         snapshot = self._snapshot(location)
         if self._is_cached(location, name):
-            return self._local.read(str(snapshot.folder), name, offset, nbytes)
+            try:
+                return self._local.read(str(snapshot.folder), name, offset, nbytes)
+            except CheckpointError:
+                # another merge may have discarded it just now
+                if self._is_cached(location, name):
+                    raise
         if name.endswith(_RANGED):
             return self._read_range(location, name, offset, nbytes)
         self._fetch((location, name), lambda: None)

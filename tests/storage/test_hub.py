@@ -17,6 +17,7 @@ from streammerge.checkpoint import load_checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.storage import hub as hub_module
 from streammerge.storage.hub import HubStorage, is_hub_id
+from streammerge.storage.local import LocalStorage
 from tests.hub_server import Hub, entry, serving
 from tests.models import llama_tensors, save_model
 
@@ -390,6 +391,19 @@ def test_content_that_two_commits_share_lives_until_both_are_done_with_it(hub, s
     storage.discard("org/base@next", SHARD)
     assert not weights_in(tmp_path / "cache")
     assert len([path for path in blobs(tmp_path) if path.stat().st_size > 5000]) == 0
+
+
+def test_a_range_is_fetched_of_a_file_that_is_deleted_while_it_is_asked_for(hub, storage, folder, monkeypatch):
+    data = content(storage)
+    read = LocalStorage.read
+
+    def too_late(self: LocalStorage, *arguments: object) -> bytes:
+        storage.discard("org/base", SHARD)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(LocalStorage, "read", too_late)
+    assert storage.read("org/base", SHARD, 8, 100) == data[8:108]
+    assert not storage._is_cached("org/base", SHARD)
 
 
 def test_an_open_file_that_was_deleted_comes_again(storage, folder):

@@ -12,7 +12,7 @@ from streammerge_kernels.choice import twin
 
 Majority = Literal["mass", "count"]
 
-# elements voted on at a time: the temporaries then stay in a CPU's cache; a GPU wants few launches
+# elements voted on at a time: of fewer, threads wait for Python; a GPU wants few launches
 _CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 25
 
@@ -111,7 +111,7 @@ def _weighted(part: Tensor, share: float) -> Tensor:
 
 
 def _without_zeros(divisor: Tensor, shares: list[float]) -> Tensor:
-    """The divisor with anything but 0 where nothing agrees, or the weights cancel, and the sum is 0 or stays."""
+    """The divisor, with another number for each 0: where nothing agrees, and where weights cancel."""
     if min(shares) > 0.0:
         # where anything agrees it is no less, and else what is divided is 0
         return divisor.clamp_(min=min(shares))

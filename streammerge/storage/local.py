@@ -172,7 +172,7 @@ class _PageCache:
             os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
     def _was_cached(self, position: int) -> bool:
-        block = position // _BLOCK_BYTES
+        block = max(position, 0) // _BLOCK_BYTES
         return block < len(self._found_cached) and self._found_cached[block]
 
 

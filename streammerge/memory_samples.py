@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 
@@ -28,11 +29,13 @@ class MemorySamples:
     def look(self) -> None:
         """Take a sample, if the last was long enough ago."""
         if time.monotonic() - self._started >= self._due:
-            self.take()
+            self._add(_LATEST.anonymous_bytes())
 
     def take(self) -> None:
         """Take a sample now."""
-        held = anonymous_bytes()
+        self._add(anonymous_bytes())
+
+    def _add(self, held: int | None) -> None:
         if held is None or self._at_first is None:
             return
         seconds = time.monotonic() - self._started
@@ -43,6 +46,25 @@ class MemorySamples:
             self.samples = [max(pair, key=lambda sample: sample[1]) for pair in pairs]
             self._interval *= 2
         self._due = seconds + self._interval
+
+
+class _Latest:
+    """What was read last: merges side by side would each read the same number at about the same time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = float("-inf")
+        self._bytes: int | None = None
+
+    def anonymous_bytes(self) -> int | None:
+        with self._lock:
+            now = time.monotonic()
+            if not 0 <= now - self._seconds < _INTERVAL_SECONDS / 2:
+                self._seconds, self._bytes = now, anonymous_bytes()
+            return self._bytes
+
+
+_LATEST = _Latest()
 
 
 def anonymous_bytes() -> int | None:

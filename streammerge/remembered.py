@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from streammerge.workspace import Workspace
 class Remembered:
     """Findings about tensors, what they hold in `capacity_bytes` that are taken once. Threads use it side by side.
 
+    same_steps  of which more than one of the merges makes the same, see `shared_blocks`
+
     The merges of a batch go through a model side by side. The first that asks for a finding in vain is to find it and
     keep it, and others that ask wait until it has; what is not kept when its thread's turn ends, or has no room, each
     finds for itself.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, same_steps: Container[Hashable] = ()) -> None:
+        self.same_steps = same_steps
         self._memory = Workspace(capacity_bytes)
         self._free_bytes = self._capacity_bytes = capacity_bytes
         self._findings: dict[Hashable, list[_Finding]] = {}

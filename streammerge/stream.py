@@ -19,11 +19,12 @@ from streammerge import methods
 from streammerge.checkpoint import Storage
 from streammerge.delta import Deltas
 from streammerge.memory import MOST_PIECES, piece_elements, piece_workspace_bytes
-from streammerge.outcome import Block, Facts, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
+from streammerge.outcome import Block, Norms, Tally, add_facts, naming, refuse_non_finite, refuse_overflow
 from streammerge.plan import Plan
 from streammerge.readahead import ReadAhead, Slot
 from streammerge.remembered import Remembered
 from streammerge.schedule import Schedule
+from streammerge.shared_blocks import MergedPiece, SharedBlocks
 from streammerge.step import COPY, Step, matrices_of
 from streammerge.streamed_deltas import ElementDeltas, MatrixDeltas, StepReader, compute_dtype
 from streammerge.thin_steps import ThinChange, merge_thin, read_factors
@@ -172,22 +173,27 @@ class Stream:
             if look is not None:
                 look.finish(number)
 
-        def merge(piece: _Piece, norms: Norms, workspace: Workspace) -> tuple[list[float], Facts]:
+        def merge(piece: _Piece, norms: Norms, workspace: Workspace) -> MergedPiece:
             deltas = self._deltas(step, reader, runs, piece, norms, workspace)
             deltas.seen = look
             merged = function(deltas, **step.arguments)
             sums = self._apply(step, piece.first, deltas.base(), merged, piece.out, measured=step.base is not None)
             workspace.reset()
-            return sums, deltas.facts
+            return MergedPiece(norms, sums, deltas.facts)
 
+        shared = SharedBlocks(self._remembered, self._plan, step)
         for first, origin, moving in runs.blocks(passes):
             slot, out = self._slot_for(step, origin)
-            pieces = _cut(step, first, origin, moving, out)
-            of_pieces = [tally.norms.of_piece(piece.first, step.elements) for piece in pieces]
-            for norms, (sums, facts) in zip(of_pieces, self._each(merge, pieces, of_pieces), strict=True):
-                tally.norms.add(norms, step.elements)
-                add_facts(tally.outcome.facts, facts)
-                self._count(step, sums, tally)
+            merged = shared.recall(first, out)
+            if merged is None:
+                pieces = _cut(step, first, origin, moving, out)
+                of_pieces = [tally.norms.of_piece(piece.first, step.elements) for piece in pieces]
+                merged = list(self._each(merge, pieces, of_pieces))
+                shared.keep(first, out, merged)
+            for piece in merged:
+                tally.norms.add(piece.norms, step.elements)
+                add_facts(tally.outcome.facts, piece.facts)
+                self._count(step, piece.sums, tally)
             yield self._block(step, first, slot, out)
 
     def _each(

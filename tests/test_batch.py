@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from torch import Tensor
 
 import streammerge
 from streammerge import api, write
@@ -26,6 +28,7 @@ from streammerge.batching import read_night, together
 from streammerge.batching.keeping import Folders
 from streammerge.batching.ledger import Ledger
 from streammerge.cli import cli
+from streammerge.delta import Deltas
 from streammerge.errors import EvaluationError, MergeError, OutputError, RecipeError
 from streammerge.merging import Merging
 from streammerge.rates import Rates
@@ -108,6 +111,49 @@ def test_jobs_that_differ_in_the_ridge_alone_form_one_system_of_each_matrix(fami
     # two methods of three ridges each
     assert len(formed) - side_by_side == 3 * side_by_side
     assert set(formed) == {"primal", "dual"}
+
+
+def merged_by_element(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of every tensor of which a block is averaged."""
+    seen: list[str] = []
+    before = Deltas.weighted_sum
+
+    def weighted_sum(self: Deltas, *arguments: Any, **more: Any) -> Tensor:
+        seen.append(self.name)
+        return before(self, *arguments, **more)
+
+    monkeypatch.setattr(Deltas, "weighted_sum", weighted_sum)
+    return seen
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_what_all_methods_average_is_averaged_once(family, tmp_path, monkeypatch, lanes):
+    monkeypatch.setattr(together, "thread_limit", lambda: lanes)
+    seen = merged_by_element(monkeypatch)
+    path = write_night(tmp_path, [grid(family)])
+    assert not api.batch(path).failed
+    side_by_side = Counter(seen)
+    seen.clear()
+    streammerge.merge(read_night(path).jobs[0].recipe, tmp_path / "alone")
+    assert side_by_side == Counter(seen)
+    assert "model.embed_tokens.weight" in side_by_side
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"rounding": "stochastic"}),
+        ({"rounding": "stochastic"}, {"rounding": "stochastic", "seed": 7}),
+        ({}, {"out_dtype": "float32"}),
+    ],
+    ids=["rounding", "seed", "dtype"],
+)
+def test_what_another_merge_makes_otherwise_is_not_taken_from_it(family, tmp_path, one, other):
+    jobs = [{"name": name, "recipe": recipe_of(family, **more)} for name, more in (("one", one), ("other", other))]
+    path = write_night(tmp_path, jobs)
+    assert not api.batch(path).failed
+    assert_as_alone(path, tmp_path)
+    assert digests(tmp_path / "night" / "one") != digests(tmp_path / "night" / "other")
 
 
 def test_a_report_does_not_tell_whether_another_merge_had_formed_the_system(family, tmp_path):
@@ -418,7 +464,7 @@ def test_merges_that_are_resumed_at_different_tensors_end_as_alone(family, tmp_p
     monkeypatch.setattr(together, "thread_limit", lambda: lanes)
     monkeypatch.setattr(write, "GROUP_BYTES", 1)
     path = write_night(tmp_path, [grid(family)])
-    asked = iter([False] * 9 + [True] * 1000)
+    asked = iter([False] * 60 + [True] * 1000)
     assert api.batch(path, stopped=lambda: next(asked)).stopped
     for number, job in enumerate(read_night(path).jobs):
         partial = tmp_path / "night" / f"{job.name}.partial"

@@ -50,6 +50,25 @@ def test_a_long_merge_keeps_few_samples_and_its_peak(monkeypatch):
     assert [seconds for seconds, _ in samples.samples] == sorted(seconds for seconds, _ in samples.samples)
 
 
+def test_merges_side_by_side_read_the_system_once(monkeypatch):
+    now, reads = [0.0], [0]
+
+    def read() -> int:
+        reads[0] += 1
+        return reads[0]
+
+    monkeypatch.setattr(memory_samples.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(memory_samples, "anonymous_bytes", read)
+    merges = [MemorySamples() for _ in range(12)]
+    reads[0] = 0
+    for hundredth in range(1, 1001):
+        now[0] = hundredth / 100
+        for samples in merges:
+            samples.look()
+    assert 30 <= reads[0] <= 40
+    assert all(len(samples.samples) == len(merges[0].samples) for samples in merges)
+
+
 def test_a_system_that_does_not_tell_leaves_no_samples(monkeypatch):
     monkeypatch.setattr(memory_samples, "anonymous_bytes", lambda: None)
     samples = MemorySamples()

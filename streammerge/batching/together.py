@@ -27,6 +27,7 @@ SHARE_BYTES = 64 << 20
 _SLOTS_SHARE = 0.5
 # of what is kept: the rest is what was read
 _FOUND_SHARE = 0.5
+_MOST_STEPS_OF_A_ROUND = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ def merge_together(
 
     place    the folder of a job
     failed   told of each job that fails; the others go on
-    stopped  asked after each step: whether to leave everything as it is, to be resumed
+    stopped  asked after each step, by any thread: whether to leave everything as it is, to be resumed
     delete_consumed  give each file that was fetched back to `storage` when all that is made of it is on the disk
     progress told the bytes read so far and in all, by all of the group
 
@@ -148,11 +149,12 @@ def merge_together(
 
     from streammerge.merging import Merging
     from streammerge.remembered import Remembered
+    from streammerge.shared_blocks import same_steps
     from streammerge.workspace import LaneWorkspace
 
     found_bytes = int(_FOUND_SHARE * group.kept_bytes)
     storage.keep(group.kept_bytes - found_bytes)
-    found = Remembered(found_bytes)
+    found = Remembered(found_bytes, same_steps(group.plans))
     workspace = LaneWorkspace(max(each.memory.workspace_bytes for each in group.plans))
     threads = max(thread_limit() // group.lanes, 1)
     sums = _Sums(progress)
@@ -178,21 +180,26 @@ def merge_together(
 
     under_way = {n: life(job, plan) for n, (job, plan) in enumerate(zip(group.jobs, group.plans, strict=True))}
     finds = Counter[int]()
+    ended: dict[int, Report | StreamMergeError] = {}
+    # a step that takes long may be under way when its merge is to take the next
+    stepping = {number: threading.Lock() for number in under_way}
 
-    def turn(number: int) -> Report | StreamMergeError | None:
-        # a step that failed may have left something
-        workspace.reset()
-        try:
-            next(under_way[number])
-        except StopIteration as end:
-            published: Report = end.value
-            return published
-        except StreamMergeError as error:
-            return error
-        finally:
-            finds[number] += found.end_turn()
-        return None
+    def turn(number: int) -> None:
+        with stepping[number]:
+            if number in ended or stopped():
+                return
+            # a step that failed may have left something
+            workspace.reset()
+            try:
+                next(under_way[number])
+            except StopIteration as end:
+                ended[number] = end.value
+            except StreamMergeError as error:
+                ended[number] = error
+            finally:
+                finds[number] += found.end_turn()
 
+    steps = _steps_of_a_round(group.plans, found_bytes)
     lanes: ThreadPoolExecutor | None = None
     if group.lanes > 1:
         lanes = ThreadPoolExecutor(group.lanes, "streammerge-lane", torch.set_num_threads, (threads,))
@@ -201,14 +208,15 @@ def merge_together(
             # each takes a turn before any takes another: none gets ahead of what the others read and find
             found.forget()
             # what takes longest and others wait for comes first: of a grid, one merge of each method finds for the rest
-            order = sorted(under_way, key=lambda number: -finds[number])
-            outcomes = dict(zip(order, lanes.map(turn, order) if lanes else map(turn, order), strict=True))
-            for number, outcome in sorted(outcomes.items()):
-                if outcome is not None:
-                    del under_way[number]
+            order = sorted(under_way, key=lambda number: -finds[number]) * steps
+            for _ in lanes.map(turn, order) if lanes else map(turn, order):
+                pass
+            for number, outcome in sorted(ended.items()):
+                if under_way.pop(number, None) is None:
+                    continue
                 if isinstance(outcome, StreamMergeError):
                     failed(group.jobs[number], outcome)
-                elif outcome is not None:
+                else:
                     yield group.jobs[number], outcome
     finally:
         # else each would wait for what it is about to read
@@ -219,6 +227,16 @@ def merge_together(
             # what the journal says is durable is so, whatever happens now
             with suppress(StreamMergeError):
                 merge.close()
+
+
+def _steps_of_a_round(plans: Sequence[Plan], each_bytes: int) -> int:
+    """How many turns each merge takes until all wait for the last of them: the more, the less they wait.
+
+    each_bytes  that are kept of what merges read until the others have had it, and as many of what they find
+    """
+    read = max((step.experts[0].nbytes * len(step.models) for plan in plans for step in plan.steps), default=0)
+    found = sum(plan.memory.workspace_bytes for plan in plans)
+    return min(max(each_bytes // max(read, found, 1), 1), _MOST_STEPS_OF_A_ROUND)
 
 
 class _Sums:

@@ -1,4 +1,4 @@
-"""Blocks that several merges of a batch make the same: one merges them, and the others take its bytes."""
+"""Blocks that merges of a batch have in common: one merges them, and the others take its bytes."""
 
 from __future__ import annotations
 

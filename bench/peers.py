@@ -52,8 +52,8 @@ FACTS = (
 class Method:
     """A method that others have too: parameters that all take, whether it draws at random, and who has it.
 
-    solver  of `actmat`: which formula it stands for. The paper's code has pinv's alone: `ridge` is held against
-            float64, as the paper's code is, and not against the paper's code's output
+    solver  of `actmat`: which formula it stands for. The paper's code has pinv's alone: `ridge` is held against its
+            own formula in float64, and not against the paper's code's output
     """
 
     parameters: Mapping[str, float | bool | str] = field(default_factory=dict)
@@ -175,14 +175,18 @@ def off_truth(models: Sequence[Path], out: Path, solver: truth.Solver) -> float:
     return truth.relative_error(files.read_tensor(out, name).float() - base.float(), wanted.float() - base.float())
 
 
-def differences(name: str, models: Sequence[Path], outs: Mapping[str, Path]) -> dict[str, float]:
-    """How far each peer's output is from streammerge's or, where the formulas are not one, both from their own."""
+def differences(name: str, models: Sequence[Path], outs: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """How far each peer's output is from streammerge's or, where the formulas are not one, both from their own.
+
+    A peer that is off its own formula keeps its time: what streammerge is compared with is its code as it stands.
+    """
     method, mine = METHODS[name], outs["streammerge"]
     peers = [peer for peer in outs if peer != "streammerge"]
     if method.solver == "ridge":
         own = off_truth(models, mine, "ridge")
-        return {peer: max(own, off_truth(models, outs[peer], "pinv")) for peer in peers}
-    return {peer: compare(models[0], models[1:], mine, outs[peer], name) for peer in peers}
+        return {peer: {"difference": own, "peer_off_own_formula": off_truth(models, outs[peer], "pinv")}
+                for peer in peers}  # fmt: skip
+    return {peer: {"difference": compare(models[0], models[1:], mine, outs[peer], name)} for peer in peers}
 
 
 def ratio_with_interval(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -200,12 +204,12 @@ def ratio_with_interval(mine: Sequence[float], theirs: Sequence[float]) -> tuple
 
 def measure(
     given: Namespace, name: str, models: Sequence[Path]
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
     """All runs of every way, by turns, and how far each peer's output is off."""
     inputs, ways = files.weight_files(models), ways_of(given, name, models)
     outs = {way: given.work / f"peers-{way}" for way in ways}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    apart: dict[str, float] = {}
+    apart: dict[str, dict[str, float]] = {}
     for repeat in range(given.repeats):
         for way, run in ways.items():
             shutil.rmtree(outs[way], ignore_errors=True)
@@ -224,7 +228,7 @@ def record(
     given: Namespace,
     cell: Mapping[str, object],
     found: Mapping[str, list[dict[str, float]]],
-    apart: Mapping[str, float],
+    apart: Mapping[str, Mapping[str, float]],
 ) -> list[tuple[str, ...]]:
     """Append a row a way, a ratio only where outputs agree; the lines of the table."""
     lines = []
@@ -234,8 +238,9 @@ def record(
         facts |= {"mergekit": MERGEKIT, "fusion_bench": FUSION_BENCH, "all_seconds": [run["seconds"] for run in runs]}
         shown = "-"
         if way in apart:
-            facts["difference"], shown = apart[way], "differs"
-            if apart[way] <= LARGEST_DIFFERENCE:
+            facts |= apart[way]
+            shown = "differs"
+            if apart[way]["difference"] <= LARGEST_DIFFERENCE:
                 for key in ("seconds", "cpu_seconds", "peak_anonymous_bytes", "peak_resident_bytes"):
                     pairs = [run[key] for run in found["streammerge"]], [run[key] for run in runs]
                     ratio, low, high = ratio_with_interval(*pairs)

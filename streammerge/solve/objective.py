@@ -11,7 +11,6 @@ from streammerge.delta import Deltas
 
 # a pass over every expert at 4·ROWS operations an element: a small part of what a merge reads and multiplies
 ROWS = 8
-_CACHED_ELEMENTS = 1 << 18
 
 
 class SampledRows:
@@ -30,14 +29,9 @@ class SampledRows:
 
     def add(self, change: Tensor) -> None:
         """See one expert's change D_t, [out, in]."""
-        own = change[self.rows]
-        height = max(_CACHED_ELEMENTS // change.shape[1], 1)
-        # read from memory once, by pieces that stay in the cache for the second product
-        for first in range(0, len(change), height):
-            piece = change[first : first + height]
-            across = torch.mm(own, piece.mT)
-            self._own += torch.linalg.vector_norm(across).item() ** 2
-            self._moment += torch.mm(across, piece)
+        across = torch.mm(change[self.rows], change.mT)
+        self._own += torch.linalg.vector_norm(across).item() ** 2
+        self._moment += torch.mm(across, change)
 
     def interference(self, merged: Tensor, covered: Callable[[Tensor], Tensor]) -> float | None:
         """F(merged) / F(0): 0 where every expert is served as if it were alone, 1 where the base is as good.

@@ -366,10 +366,13 @@ def test_no_ratio_is_recorded_where_outputs_differ(bench, tmp_path):
     given = argparse.Namespace(size="tiny", results=tmp_path)
     cell = {"method": "linear", "layers": 2, "experts": 3, "parameters": 10}
     runs = {"streammerge": [run], "mergekit": [{**run, "seconds": 6.0}], "paper": [run]}
-    lines = peers.record(given, cell, runs, {"mergekit": 0.001, "paper": 0.02})
+    apart = {"mergekit": {"difference": 0.001, "peer_off_own_formula": 0.03}, "paper": {"difference": 0.02}}
+    lines = peers.record(given, cell, runs, apart)
     assert [line[3] for line in lines] == ["-", "3.00", "differs"]
     rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     assert ["seconds_over_streammerge" in row for row in rows] == [False, True, False]
+    # a peer's own inaccuracy is told
+    assert [row.get("peer_off_own_formula") for row in rows] == [None, 0.03, None]
     # of two sizes a picture is drawn
     peers.record(given, {**cell, "parameters": 20}, runs, {})
     peers.pictures(tmp_path)

@@ -24,11 +24,11 @@ FEWEST_OUTPUT_SLOTS, MOST_OUTPUT_SLOTS, OUTPUT_BYTES = 8, 32, 32 << 20
 # what Python and thread stacks take, and the matrix libraries for compiled kernels and packed operands: bench/memory.py
 RESERVE_BYTES = 64 << 20
 MATRIX_RESERVE_BYTES = 128 << 20
-# or, where that is more, so much and so much again for each column or row of the longest side: bench/seven.py
-LARGE_RESERVE_BYTES, RESERVE_BYTES_PER_SIDE = 64 << 20, 16 << 10
-# what merges take of their reserve, and those of matrices further for each column or row of the longest side, until all
-# is taken: an estimate, which bench/growth.py tests; no budget depends on it
-TAKEN_RESERVE_BYTES, TAKEN_BYTES_PER_SIDE = 16 << 20, 40 << 10
+# or, where that is more, so much and so much again for each column or row of the longest side: bench/growth.py
+LARGE_RESERVE_BYTES, RESERVE_BYTES_PER_SIDE = 64 << 20, 20 << 10
+# what merges of matrices take of their reserve for each column or row of the longest side, until all is taken; others
+# take next to nothing of it: an estimate, which bench/growth.py tests; no budget depends on it
+TAKEN_BYTES_PER_SIDE = 40 << 10
 # a matrix is rounded and written block by block: sum, and two temporaries
 OUTPUT_BUFFERS = 3
 
@@ -159,7 +159,7 @@ def _untouched_bytes(steps: Sequence[Step], slot_bytes: int, input_slots: int, s
     if staged:
         return slots * slot_bytes
     longest, reserve = _longest_side(steps), RESERVE_BYTES + _matrix_reserve_bytes(steps)
-    return slots * slot_bytes + max(reserve - TAKEN_RESERVE_BYTES - longest * TAKEN_BYTES_PER_SIDE, 0)
+    return slots * slot_bytes + max(reserve - longest * TAKEN_BYTES_PER_SIDE, 0)
 
 
 def _runs(step: Step, slot_bytes: int) -> int:

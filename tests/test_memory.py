@@ -11,6 +11,7 @@ from streammerge.checkpoint import DTYPE_BYTES, TensorEntry
 from streammerge.errors import PlanError
 from streammerge.memory import (
     FEWEST_OUTPUT_SLOTS,
+    LARGE_RESERVE_BYTES,
     LARGEST_SLOT_BYTES,
     MATRIX_RESERVE_BYTES,
     MOST_INPUT_BYTES,
@@ -18,9 +19,9 @@ from streammerge.memory import (
     MOST_OUTPUT_SLOTS,
     OUTPUT_BYTES,
     RESERVE_BYTES,
+    RESERVE_BYTES_PER_SIDE,
     SMALLEST_SLOT_BYTES,
     TAKEN_BYTES_PER_SIDE,
-    TAKEN_RESERVE_BYTES,
     MemoryPlan,
     block_elements,
     fit_memory,
@@ -149,7 +150,9 @@ def test_a_budget_too_small_names_the_tensor_and_what_it_takes() -> None:
         fit_memory(steps, 300 * MIB)
     kept_base, blocks = 32 * MIB, 3 * 2 * 64 * 1024
     slots = (MOST_OUTPUT_SLOTS + 10) * 64 * 1024
-    needed = RESERVE_BYTES + MATRIX_RESERVE_BYTES + 500 * MIB + kept_base + blocks + slots
+    matrices = LARGE_RESERVE_BYTES + 4096 * RESERVE_BYTES_PER_SIDE
+    assert matrices > MATRIX_RESERVE_BYTES
+    needed = RESERVE_BYTES + matrices + 500 * MIB + kept_base + blocks + slots
     assert raised.value.message == (
         f"the largest step needs a budget of {needed / MIB:.1f} MiB, more than 300.0 MiB: "
         "`lm_head.weight` (actmat, 4 experts)"
@@ -204,7 +207,7 @@ def test_of_a_small_merge_less_is_expected_than_its_slots_and_reserve_could_hold
     for one, filled in ((small, len(small.models) + 1), (large, most + OUTPUT_BYTES // LARGEST_SLOT_BYTES)):
         plan = fit_memory([one], parse_bytes("1GiB"))
         assert plan.input_slots == most
-        expected = filled * plan.slot_bytes + plan.workspace_bytes + TAKEN_RESERVE_BYTES
+        expected = filled * plan.slot_bytes + plan.workspace_bytes
         assert plan.expected_bytes == expected < plan.peak_bytes
 
 
@@ -214,6 +217,6 @@ def test_of_the_reserve_more_is_expected_to_be_taken_the_larger_the_matrices():
         plan = fit_memory(many, parse_bytes("4GiB"))
         return plan.peak_bytes - plan.expected_bytes
 
-    reserve = RESERVE_BYTES + MATRIX_RESERVE_BYTES - TAKEN_RESERVE_BYTES
+    reserve = RESERVE_BYTES + MATRIX_RESERVE_BYTES
     assert [spared(side) for side in (1024, 2048)] == [reserve - side * TAKEN_BYTES_PER_SIDE for side in (1024, 2048)]
     assert spared(1 << 13) == 0

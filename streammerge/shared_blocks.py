@@ -38,7 +38,7 @@ class SharedBlocks:
         """What another merge found of the block that begins at element `first`, whose bytes are written to `out`."""
         if self._remembered is None:
             return None
-        found = self._remembered.recall(self._step, (self._identity, first))
+        found = self._remembered.recall(self._step, self._key(first, out))
         if found is None:
             return None
         merged, pieces = found
@@ -49,8 +49,11 @@ class SharedBlocks:
     def keep(self, first: int, out: Tensor, pieces: Sequence[MergedPiece]) -> None:
         """To be called after each block that was asked for in vain."""
         if self._remembered is not None:
-            key = self._identity, first
-            self._remembered.keep(self._step, key, out.nbytes, lambda copy: (copy(out), pieces))
+            self._remembered.keep(self._step, self._key(first, out), out.nbytes, lambda copy: (copy(out), pieces))
+
+    def _key(self, first: int, out: Tensor) -> Hashable:
+        # merges whose slots differ cut a tensor otherwise
+        return self._identity, first, out.numel()
 
 
 def same_steps(plans: Sequence[Plan]) -> frozenset[Hashable]:

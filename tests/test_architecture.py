@@ -44,6 +44,7 @@ LAYERS = (
     "stream",
     "device_stream",
     "device_deltas",
+    "shared_blocks",
     "schedule",
     "thin_steps",
     "streamed_deltas",

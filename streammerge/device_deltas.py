@@ -13,7 +13,7 @@ from streammerge.outcome import refuse_non_finite
 from streammerge.step import Step
 from streammerge.streamed_deltas import compute_dtype
 from streammerge_kernels.delta_pack import Packed, delta_pack
-from streammerge_kernels.weighted_sum import weighted_sum
+from streammerge_kernels.weighted_sum import result_dtype, weighted_sum
 
 
 class DeviceDeltas(Deltas):
@@ -72,6 +72,9 @@ class DeviceDeltas(Deltas):
 
     def weighted_sum(self, weights: Sequence[float]) -> Tensor:
         if self._transposed or callable(self._moving) or not len(self._moving):
+            return super().weighted_sum(weights)
+        if result_dtype(self.origin, self._moving) != self.dtype:
+            # of float32 inputs to a float64 output: the kernel knows only the inputs
             return super().weighted_sum(weights)
         self._measure_all()
         moving = range(self.experts - len(self._moving), self.experts)

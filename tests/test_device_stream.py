@@ -97,6 +97,17 @@ def test_methods_of_elements_give_the_same_bytes_as_on_the_cpu(
     assert same_bytes(staged, merged(planned(storage, method, device_bytes=None, **more), storage))
 
 
+def test_what_float32_experts_add_up_to_in_a_float64_output_is_summed_in_float64():
+    # linear reads no base, whose dtype the output has
+    base = {"layers.0.weight": torch.full((3,), 0.1, dtype=torch.float64)}
+    models = {f"expert{i}": {"layers.0.weight": torch.tensor([1.0, 0.3, 1e-7]) * (i + 1) / 7} for i in range(3)}
+    storage = MemoryStorage({"base": base, **models})
+    staged = merged(planned(storage, "linear"), storage)
+    assert same_bytes(staged, merged(planned(storage, "linear", device_bytes=None), storage))
+    exact = sum(model["layers.0.weight"].double() for model in models.values()) / 3
+    assert torch.allclose(staged["layers.0.weight"], exact, rtol=1e-15, atol=0.0)
+
+
 @pytest.mark.parametrize(
     "method", ["mean", "three_times", "backwards", "asks_twice", "leans_on_columns", "returns_a_view"]
 )

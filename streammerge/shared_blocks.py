@@ -30,9 +30,8 @@ class SharedBlocks:
     """
 
     def __init__(self, remembered: Remembered | None, plan: Plan, step: Step) -> None:
-        wanted = remembered is not None and _identity(plan, step) in remembered.same_steps
-        self._remembered = remembered if wanted else None
-        self._step, self._identity = step, _identity(plan, step) if wanted else None
+        self._step, self._identity = step, _identity(plan, step) if remembered else None
+        self._remembered = remembered if remembered and self._identity in remembered.same_steps else None
 
     def recall(self, first: int, out: Tensor) -> Sequence[MergedPiece] | None:
         """What another merge found of the block that begins at element `first`, whose bytes are written to `out`."""

@@ -21,8 +21,9 @@ import rows
 import torch
 from models import Training as LanguageTraining
 from quality import merges, tables, tasks
+from quality.continuations import ContinuationsLab
 from quality.encoder import Training
-from quality.experts import Suite
+from quality.experts import Suite, say
 from quality.lab import EncoderLab
 from quality.language import Corpus, LanguageLab
 from quality.ledger import Ledger, read
@@ -33,7 +34,8 @@ TABLES = rows.ROOT / "bench" / "quality" / "RESULTS.md"
 CACHE = rows.ROOT / ".cache" / "quality"
 SEEDS = (0, 1, 2)
 KINDS = ("full", "lora", "language")
-PARTS = ("table", "analysis", "ideas", "ablations", "lengths")
+PARTS = ("table", "analysis", "terms", "harness", "ideas", "ablations", "lengths")
+HARNESS = rows.ROOT / ".cache" / "harness-venv" / "bin" / "python"
 # of every second task, for the experts trained for unequal times
 LONGER = tuple(tasks.TASKS)[::2]
 QUICK_SIZES = Sizes(training=160, validation=40, test=60, max_tokens=24)
@@ -50,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, action="append", help="of texts and training; default: 0, 1 and 2")
     parser.add_argument("--only", choices=PARTS, action="append", help="default: all")
+    parser.add_argument(
+        "--harness", type=Path, default=HARNESS, metavar="PYTHON", help="of an environment with lm-evaluation-harness"
+    )
     parser.add_argument("--quick", action="store_true", help="two tasks, a few steps: does everything run?")
     parser.add_argument(
         "--tables", type=Path, nargs="?", const=TABLES, metavar="FILE", help="only write the tables of all rows"
@@ -77,7 +82,7 @@ def run(given: argparse.Namespace) -> None:
         corpus = replace(corpus, domains=corpus.domains[:2], training=QUICK_LANGUAGE, held_out=4, validation=2)
         seeds = seeds[:1]
     passes: tuple[tuple[Sequence[int], Sequence[str], Sequence[str]], ...] = (
-        (seeds[:1], KINDS[:2], ("table", "analysis")),
+        (seeds[:1], KINDS[:2], ("table", "analysis", "terms")),
         (seeds[:1], KINDS[:1], ("ideas",)),
         (seeds, KINDS, ("table",)),
         (seeds, KINDS, PARTS),
@@ -85,6 +90,10 @@ def run(given: argparse.Namespace) -> None:
     for seeds_now, kinds_now, parts_now in passes:
         for part, seed, kind in product(parts_now, seeds_now, kinds_now):
             if part not in parts or kind not in kinds:
+                continue
+            if part == "harness":
+                if kind == "language":
+                    judge_by_harness(ContinuationsLab(corpus, seed, ledger, python=given.harness))
                 continue
             if kind == "language":
                 lab: EncoderLab | LanguageLab = LanguageLab(corpus, seed, ledger)
@@ -97,18 +106,30 @@ def run_part(lab: EncoderLab | LanguageLab, part: str) -> None:
     """One part of one lab, as far as that lab has it."""
     if part == "table":
         lab.references()
-        lab.run(sorted(merges.of_table(), key=lambda merge: merge.costly))
+        wanted = sorted(merges.of_table(), key=lambda merge: merge.costly)
+        lab.run(merge for merge in wanted if isinstance(lab, EncoderLab) or merge.name not in merges.FOR_HOURS)
     elif part == "ideas":
         lab.run(merges.of_ideas())
         if isinstance(lab, EncoderLab) and lab.kind == "full":
             lab.run(merges.of_estimates())
     elif part == "analysis" and isinstance(lab, EncoderLab):
         lab.analyse()
+    elif part == "terms" and isinstance(lab, EncoderLab) and lab.kind == "full":
+        lab.error_terms()
     elif part == "ablations" and isinstance(lab, EncoderLab):
         lab.run((*merges.of_ablations(), *merges.of_counts()))
     elif part == "lengths" and isinstance(lab, EncoderLab) and lab.kind == "full":
         lab.references()
         lab.run(merges.of_lengths())
+
+
+def judge_by_harness(lab: ContinuationsLab) -> None:
+    """The methods that are compared with the lm-evaluation-harness, where it is installed."""
+    if not lab.python.is_file():
+        say(f"no harness at {lab.python}: its rows are left out, `make .cache/harness-venv/ready` installs it")
+        return
+    lab.references()
+    lab.run(merge for merge in merges.of_table() if merge.name in merges.BY_HARNESS)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,12 +105,34 @@ def logits_of(embeddings: Tensor, head: Mapping[str, Tensor]) -> Tensor:
     return HEAD_SCALE * embeddings @ head["directions"].T
 
 
-def write_expert(base: Path, head: Path, side: Side, max_tokens: int, training: Training, folder: Path) -> None:
+class Watch(Protocol):
+    """What looks at a model while it is trained."""
+
+    def before(self, model: Any, batch: Batch, step: int) -> None:
+        """Called before a batch goes through the model."""
+
+    def after(self, model: Any, batch: Batch, step: int) -> None:
+        """Called when the batch's gradients are there, and nothing has changed them yet."""
+
+
+def write_expert(
+    base: Path,
+    head: Path,
+    side: Side,
+    max_tokens: int,
+    training: Training,
+    folder: Path,
+    *,
+    draw: int,
+    watch: Watch | None = None,
+) -> None:
     """Fine-tune the base below a frozen head and save it, float32: a whole model, or an adapter as PEFT writes it.
 
     Beside a whole model the folder `epochs` keeps what each epoch but the last ended with, of the layers alone.
+
+    draw  what dropout and an adapter's first weights are drawn from
     """
-    torch.manual_seed(training.seed)
+    torch.manual_seed(draw)
     order = random.Random(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModel.from_pretrained(base).train()
@@ -133,9 +155,13 @@ def write_expert(base: Path, head: Path, side: Side, max_tokens: int, training: 
     )
     classifier = load_file(head / HEAD_FILE)
     for number, epoch in enumerate(epochs, 1):
-        for batch in epoch:
+        for step, batch in enumerate(epoch, (number - 1) * len(epoch)):
+            if watch:
+                watch.before(model, batch, step)
             loss = cross_entropy(logits_of(embed(model, batch), classifier), batch.labels)
             loss.backward()  # type: ignore[no-untyped-call]
+            if watch:
+                watch.after(model, batch, step)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -66,20 +67,40 @@ class Suite:
         if task.name in self.longer:
             training = replace(training, epochs=self.factor * training.epochs)
         head = self.head(task, training.seed)
-        side = sides(task, training.seed, self.sizes, self.cache)["training"]
         settings = {"head": head.parent.name, "scale": HEAD_SCALE, "training": asdict(training)}
+        if training.kind == "lora":
+            settings["draw"] = _draw(task, training)
         started = time.process_time()
         folder, made = cached_model(
             self.cache / "encoder" / training.kind,
             f"{task.name}-{training.seed}",
             settings,
-            lambda folder: encoder.write_expert(self.base, head, load(side), self.sizes.max_tokens, training, folder),
+            lambda folder: self.train(task, training, folder),
             CONFIGS[training.kind],
         )
         if made:
             seconds = time.process_time() - started
             say(f"trained {training.kind} {task.name} of seed {training.seed}: {seconds:.0f} CPU s")
         return folder
+
+    def train(self, task: Task, training: Training, folder: Path, watch: encoder.Watch | None = None) -> None:
+        """Train a task's expert into a folder, whatever the cache holds."""
+        side = sides(task, training.seed, self.sizes, self.cache)["training"]
+        encoder.write_expert(
+            self.base,
+            self.head(task, training.seed),
+            load(side),
+            self.sizes.max_tokens,
+            training,
+            folder,
+            draw=_draw(task, training) if training.kind == "lora" else training.seed,
+            watch=watch,
+        )
+
+
+def _draw(task: Task, training: Training) -> int:
+    # adapters come from different people: no two begin with the same rows of A
+    return zlib.crc32(f"{task.name} {training.seed}".encode())
 
 
 def digest(path: Path) -> str:

@@ -20,18 +20,19 @@ from transformers import AutoTokenizer
 import streammerge
 
 from . import encoder, estimates
-from .analysis import alike
+from .analysis import alike, names_of, opened
 from .encoder import Exam, Kind
 from .experts import Suite, say
 from .ledger import Ledger
 from .merges import SCALES, Merge
 from .tasks import TEST, VALIDATION, Task, load, sides
+from .theorem import Terms
 
 MEMORY = "1GiB"
 CAPTURED_TEXTS = 256
 COVARIANCE = "covariance"
 # names of rows that are no merges
-ZERO_SHOT, EXPERTS, ANALYSIS = "zero-shot", "experts", "covariances"
+ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 
 
 class EncoderLab:
@@ -185,6 +186,22 @@ class EncoderLab:
             moments = {task.name: self.covariance(task) for task in self.suite.tasks}
             self.ledger.append({**facts, "matrices": rounded(alike(self.suite.base, experts, moments))})
         say(f"{self.kind} {self.seed} {ANALYSIS}")
+
+    def error_terms(self) -> None:
+        """A row of the angles between the experts' own covariances and those of their inputs; trains them again."""
+        facts = {**self.facts, "name": TERMS, "group": TERMS, "recipe": None}
+        if facts in self.ledger:
+            return
+        found: dict[str, dict[str, Any]] = {}
+        for task in self.suite.tasks:
+            terms = Terms()
+            with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
+                self.suite.train(task, self.training, Path(scratch), watch=terms)
+            moment = opened(self.covariance(task))
+            for name, angles in terms.angles({name: moment(name) for name in names_of(self.covariance(task))}).items():
+                found.setdefault(name, {})[task.name] = angles
+        self.ledger.append({**facts, "matrices": rounded(found)})
+        say(f"{self.kind} {self.seed} {TERMS}")
 
     def _note(self, facts: Mapping[str, Any], accuracy: Mapping[str, float]) -> None:
         self.ledger.append({**facts, "accuracy": rounded(accuracy), "mean": round(_mean(accuracy), 5)})

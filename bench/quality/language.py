@@ -87,6 +87,9 @@ def documents(examples: Iterable[Example], characters: int) -> Iterator[Document
 class LanguageLab:
     """One corpus's experts of one seed."""
 
+    # the key of a row that has the numbers by domain
+    measure = "losses"
+
     def __init__(self, corpus: Corpus, seed: int, ledger: Ledger) -> None:
         self.corpus, self.seed, self.ledger = corpus, seed, ledger
         self.training = replace(corpus.training, seed=seed)
@@ -128,10 +131,10 @@ class LanguageLab:
 
     def references(self) -> None:
         """Rows of the base and of the experts, each on its own domain."""
-        self._once(ZERO_SHOT, lambda: self._losses(self.corpus.base, "held out"))
+        self._once(ZERO_SHOT, lambda: self.judge(self.corpus.base, "held out"))
         self._once(
             EXPERTS,
-            lambda: {name: self._losses(path, "held out", (name,))[name] for name, path in self.experts.items()},
+            lambda: {name: self.judge(path, "held out", (name,))[name] for name, path in self.experts.items()},
         )
 
     def _once(self, name: str, measure: Any) -> None:
@@ -139,7 +142,8 @@ class LanguageLab:
         if facts not in self.ledger:
             self._note(facts, measure())
 
-    def _losses(self, folder: Path, side: str, names: Iterable[str] | None = None) -> dict[str, float]:
+    def judge(self, folder: Path, side: str, names: Iterable[str] | None = None) -> Mapping[str, float]:
+        """A model folder's losses, in nats per token, by domain: of all, or of those named."""
         model = load(folder, torch.bfloat16)
         return {name: held_out_loss(model, self.windows[name][side]) for name in names or self.windows}
 
@@ -175,10 +179,10 @@ class LanguageLab:
             if merge.tuned:
                 found = {scale: self._merged(merge, "validation", scale)[0] for scale in SCALES}
                 best = min(found, key=lambda scale: sum(found[scale].values()))
-            losses, cost = self._merged(merge, "held out", best)
-            self._note({**facts, **({"scale": best} if merge.tuned else {}), **cost}, losses)
+            scores, cost = self._merged(merge, "held out", best)
+            self._note({**facts, **({"scale": best} if merge.tuned else {}), **cost}, scores)
 
-    def _merged(self, merge: Merge, side: str, scale: float | None) -> tuple[dict[str, float], dict[str, Any]]:
+    def _merged(self, merge: Merge, side: str, scale: float | None) -> tuple[Mapping[str, float], dict[str, Any]]:
         covariances = [self._covariance(name) for name in self.experts] if merge.method == "regmean" else None
         recipe = merge.written(self.corpus.base, list(self.experts.values()), covariances)
         if scale is not None:
@@ -193,17 +197,12 @@ class LanguageLab:
                 "merge_seconds": round(time.perf_counter() - wall, 2),
                 "merge_memory_bytes": max((nbytes for _, nbytes in report.memory_samples), default=None),
             }
-            losses = self._losses(Path(folder) / "merged", side)
+            scores = self.judge(Path(folder) / "merged", side)
         gc.collect()
-        return losses, cost
+        return scores, cost
 
-    def _note(self, facts: Mapping[str, Any], losses: Mapping[str, float]) -> None:
-        mean = sum(losses.values()) / len(losses)
-        self.ledger.append(
-            {
-                **facts,
-                "losses": {name: round(loss, 5) for name, loss in losses.items()},
-                "mean": round(mean, 6),
-            }
-        )
-        say(f"language {facts['seed']} {facts['name']}: {mean:.4f} nats")
+    def _note(self, facts: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        mean = sum(scores.values()) / len(scores)
+        by_name = {name: round(score, 5) for name, score in scores.items()}
+        self.ledger.append({**facts, self.measure: by_name, "mean": round(mean, 6)})
+        say(f"{facts['setting']} {facts['seed']} {facts['name']}: {mean:.4f}")

@@ -27,6 +27,9 @@ SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
 # the papers' settings; what is not named here takes the product's defaults
 TIES = {"density": 0.2, "trim": "model", "keep": "threshold", "cancelled": "majority"}
 DARE = {"density": 0.5, "rescale_by": "probability"}
+# of the language model's 210 matrices, on one core
+FOR_HOURS = ("WUDI, 300 steps", "KnOTS-TIES", "KnOTS-TSV")
+BY_HARNESS = ("average", "task arithmetic, tuned", "TIES", "TSV", "ACTMat, paper", "ACTMat")
 EMBEDDINGS = "word_embeddings|embed_tokens"
 
 

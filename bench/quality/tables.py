@@ -14,7 +14,7 @@ from .merges import of_table
 
 KINDS = {"full": "full fine-tuning", "lora": "LoRA"}
 OURS = "ACTMat"
-ZERO_SHOT, EXPERTS, ANALYSIS = "zero-shot", "experts", "covariances"
+ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 INTRODUCTION = """\
 # What merges keep: the tables
 
@@ -54,6 +54,8 @@ def encoder_parts(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"### {title}, {name}\n\n{table(of_kind, group)}"
         if analysed := [row for row in of_kind if row["group"] == ANALYSIS]:
             yield f"### D_tᵀD_t and the inputs' second moments, {name}\n\n{likeness(analysed)}"
+        if terms := [row for row in of_kind if row["group"] == TERMS]:
+            yield f"### The error terms of Theorem 3.1, in degrees, {name}\n\n{error_terms(terms)}"
     unequal = [row for row in found if row["longer"]]
     if any(row["group"] == "lengths" for row in unequal):
         order = [ZERO_SHOT, EXPERTS, *_names(unequal, "lengths")]
@@ -66,6 +68,8 @@ def language_parts(rows: Sequence[Row]) -> Iterator[str]:
     yield from _main(found, "Five kinds of text, full fine-tuning")
     if any(row["group"] == "ideas" for row in found):
         yield f"### {GROUPS['ideas']}\n\n{table(found, 'ideas')}"
+    asked = [row for row in rows if row["setting"] == "continuations"]
+    yield from _main(asked, "Which of four continuations is the text's own? The same merges in the harness")
 
 
 def _main(rows: Sequence[Row], title: str) -> Iterator[str]:
@@ -120,7 +124,7 @@ def likeness(rows: Sequence[Row]) -> str:
     for row in rows:
         # what no expert changed has no covariance of its own
         for name, tasks in ((name, tasks) for name, tasks in row["matrices"].items() if tasks):
-            kind = re.sub(r".*layer\.\d+\.(.*)\.weight", r"\1", name)
+            kind = _kind(name)
             by_kind.setdefault(kind, []).extend(tasks.values())
             kappas = [found["kappa"] for found in tasks.values()]
             ratios.setdefault(kind, []).append(max(kappas) / min(kappas))
@@ -135,6 +139,21 @@ def likeness(rows: Sequence[Row]) -> str:
     ]
     columns = ("cosine with M of", "C", "C^½", "C by epochs", "I", "C, others' M", "ranks of C, M", "max κ / min κ")
     return markdown(columns, lines)
+
+
+def error_terms(rows: Sequence[Row]) -> str:
+    """The angles of `theorem.Terms` by kind of matrix: the mean over layers, tasks and seeds."""
+    by_kind: dict[str, list[Mapping[str, float]]] = {}
+    for row in rows:
+        for name, tasks in row["matrices"].items():
+            by_kind.setdefault(_kind(name), []).extend(tasks.values())
+    columns = ("total", "optimizer", "cross", "correlation", "drift")
+    lines = [[kind, *(f"{fmean(f[key] for f in found):.0f}" for key in columns)] for kind, found in by_kind.items()]
+    return markdown(("angle, °", *columns), lines)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r".*layer\.\d+\.(.*)\.weight", r"\1", name)
 
 
 def gain_kept(row: Row, rows: Sequence[Row]) -> float | None:
@@ -169,6 +188,7 @@ class _Measure:
 _MEASURES = {
     "encoder": _Measure("accuracy", "accuracy, %", 100, 1),
     "language": _Measure("losses", "nats per token", 1, -1),
+    "continuations": _Measure("accuracy", "accuracy, %", 100, 1),
 }
 
 

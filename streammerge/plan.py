@@ -298,21 +298,26 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], *
     steps = [(_step(recipe, models, each), each.reference[1]) for each in inputs]
     if recipe.slices:
         _refuse_looks_at_several_models([step for step, _ in steps])
-    elif thin and all(same_folder(model, models[0]) for model in merged[1:]):
-        steps = [(_thinned(step), entry) for step, entry in steps]
+    elif all(same_folder(model, models[0]) for model in merged[1:]):
+        steps = [(_of_adapters(step, thin=thin), entry) for step, entry in steps]
     if recipe.quantize:
         return _pooled([each for step, entry in steps for each in as_stored(step, entry)])
     return _pooled([step for step, _ in steps])
 
 
-def _thinned(step: Step) -> Step:
-    """The step by its experts' factors, where all of them are low-rank changes of the base and the method can."""
+def _of_adapters(step: Step, *, thin: bool) -> Step:
+    """The step with what its method asks for where all experts are low-rank changes of the base, if they are.
+
+    `thin`: and by their factors, where the method can.
+    """
     experts = expert_factors(step.experts, step.base) if step.base and step.by_matrix else None
     if experts is None:
         return step
     ranks = [0 if entry is None else entry.parts[1].shape[0] for entry in experts]
-    shape = _matrix_shape(step.experts[0], step.role)
-    cost = methods.describe(step.method).thin_cost(shape, ranks, step.arguments, step.compute_bytes)
+    shape, method = _matrix_shape(step.experts[0], step.role), methods.describe(step.method)
+    if any(ranks):
+        step = replace(step, arguments=dict(method.for_adapters(step.arguments, shape, ranks)))
+    cost = method.thin_cost(shape, ranks, step.arguments, step.compute_bytes) if thin else None
     if cost is None:
         return step
     return replace(step, thin=True, passes=1, flops=cost.flops, workspace_bytes=cost.workspace_bytes)

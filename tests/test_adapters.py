@@ -29,6 +29,7 @@ from streammerge.recipe import Recipe
 from streammerge.storage.local import LocalStorage
 from tests.adapters import PREFIX, dense, factors, save_adapter
 from tests.models import llama_tensors, save_model, tuned
+from tests.solve.family import reference
 from tests.stored import digests, tensors_of
 
 LAYER = "model.layers.0."
@@ -346,7 +347,7 @@ def test_adapters_alone_are_merged_by_their_factors_as_dense_models_are(tmp_path
     adapters, full = pair(tmp_path, base)
     recipe = {
         "base_model": str(tmp_path / "base"), "out_dtype": "float32",
-        "parameters": {"solver": solver},
+        "parameters": {"solver": solver, "adapters": "trust"},
     }  # fmt: skip
     found, report = merged(tmp_path, "actmat", adapters, name="found", memory=budget, **recipe)
     expected, _ = merged(tmp_path, "actmat", full, name="expected", **recipe)
@@ -356,6 +357,35 @@ def test_adapters_alone_are_merged_by_their_factors_as_dense_models_are(tmp_path
         change = tensor.double() - base[name].double()
         error = (found[name].double() - tensor.double()).norm() / (change.norm() + 1e-30)
         assert error < 1e-4 or torch.equal(found[name], tensor), name
+
+
+def test_adapters_are_held_back_by_their_rank_towards_the_rescaled_mean(tmp_path, base):
+    adapters, full = pair(tmp_path, base)
+    found, _ = merged(tmp_path, "actmat", adapters, base_model=str(tmp_path / "base"), out_dtype="float32")
+    name = f"{LAYER}self_attn.q_proj.weight"
+    origin, stored = base[name].double(), [load_file(each / "model.safetensors")[name] for each in full]
+    changes = torch.stack([each.double() - origin for each in stored])
+    expected = reference(changes, ridge=0.1 * (origin.shape[1] / 4) ** 2, anchor="rescaled")
+    torch.testing.assert_close(found[name].double() - origin, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_that_a_recipe_names_stay_but_for_the_ridge(tmp_path, base):
+    adapters, full = pair(tmp_path, base)
+    name = f"{LAYER}self_attn.q_proj.weight"
+
+    def settings(models, parameters, **options):
+        (step,) = (
+            step for step in plan_of(tmp_path, models, parameters=parameters, **options).steps if step.name == name
+        )
+        return step.arguments["ridge"], step.arguments["anchor"]
+
+    times = (base[name].shape[1] / 4) ** 2
+    for options in ({}, {"device_memory_bytes": 1 << 30}):
+        assert settings(adapters, {"ridge": 0.2, "anchor": "sum"}, **options) == (0.2 * times, "sum")
+        assert settings(adapters, {"adapters": "trust"}, **options) == (0.1, "auto")
+        assert settings(adapters, {"solver": "pinv"}, **options) == (0.1, "auto")
+        assert settings(full, {}, **options) == (0.1, "auto")
+        assert settings([adapters[0], full[1]], {}, **options) == (0.1, "auto")
 
 
 def thin_steps(plan):

@@ -80,6 +80,7 @@ def merge_method(
     beside: Beside | None = None,
     thin: str | None = None,
     thin_cost: str | None = None,
+    for_adapters: str | None = None,
     experts: tuple[int, int | None] = (1, None),
     ranges: Mapping[str, str] | None = None,
     checks: Mapping[str, str] | None = None,
@@ -101,6 +102,7 @@ def merge_method(
     thin         "module:function" that merges low-rank changes as factors (see `solve/thin.py`), with the same settings
     thin_cost    "module:function" that prices it, or says for which settings only the function itself will do; of a
                  method by matrix, which then merges adapters so
+    for_adapters "module:function" that gives the arguments where every expert is an adapter, of these and their ranks
     experts      how many it takes: at least, and at most, or None for any number
     ranges       parameter -> the interval of its values, as "[0, 1]" or "(0, inf)"; any number without one
     checks       parameter -> "module:function" that refuses its value beside the others' (see `solve/limits.py`)
@@ -111,8 +113,8 @@ def merge_method(
     The function itself is returned unchanged: its first parameter is the stream of deltas, and its
     keyword-only parameters, annotated and with literal defaults, are what a recipe may set.
     """
-    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost, experts, ranges, checks
-    del thin_checks, one_for_all
+    del needs_base, streams_by, paper, cost, takes_base, look, beside, thin, thin_cost, for_adapters, experts, ranges
+    del checks, thin_checks, one_for_all
 
     def declared(function: Function) -> Function:
         return function
@@ -181,6 +183,7 @@ class Method:
     beside: Beside | None
     thin_path: str | None
     thin_cost_path: str | None
+    for_adapters_path: str | None
     experts: tuple[int, int | None]
     check_paths: Mapping[str, str]
     thin_check_paths: Mapping[str, str]
@@ -207,6 +210,15 @@ class Method:
             return None
         priced: Cost | None = _found(self.thin_cost_path)(shape, ranks, parameters, itemsize)
         return priced
+
+    def for_adapters(
+        self, arguments: Mapping[str, Any], shape: tuple[int, int], ranks: Sequence[int]
+    ) -> Mapping[str, Any]:
+        """The arguments for experts that all changed an [out, in] matrix by so many ranks, 0 where by nothing."""
+        if self.for_adapters_path is None:
+            return arguments
+        fitting: Mapping[str, Any] = _found(self.for_adapters_path)(arguments, shape, ranks)
+        return fitting
 
     def complaint(self, shape: tuple[int, int], experts: int, parameters: Mapping[str, Any]) -> Complaint | None:
         """What keeps the method from merging [out, in] matrices of so many experts with these arguments, if anything.
@@ -356,6 +368,7 @@ def _describe(name: str, module: str) -> Method:
         beside=facts.get("beside"),
         thin_path=facts.get("thin"),
         thin_cost_path=facts.get("thin_cost"),
+        for_adapters_path=facts.get("for_adapters"),
         experts=facts.get("experts", (1, None)),
         check_paths=facts.get("checks", {}),
         thin_check_paths=facts.get("thin_checks", {}),

@@ -108,6 +108,8 @@ def run_part(lab: EncoderLab | LanguageLab, part: str) -> None:
         lab.references()
         wanted = sorted(merges.of_table(), key=lambda merge: merge.costly)
         lab.run(merge for merge in wanted if isinstance(lab, EncoderLab) or merge.name not in merges.FOR_HOURS)
+        if isinstance(lab, EncoderLab) and lab.kind == "lora":
+            lab.run(merges.of_adapters())
     elif part == "ideas":
         lab.run(merges.of_ideas())
         if isinstance(lab, EncoderLab) and lab.kind == "full":

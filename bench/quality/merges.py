@@ -139,6 +139,16 @@ def of_ablations() -> Iterator[Merge]:
     yield row("output", "bfloat16, stochastic", {"out_dtype": "bfloat16", "rounding": "stochastic"})
 
 
+def of_adapters() -> Iterator[Merge]:
+    """How far ACTMat holds the covariances of adapters back."""
+    for adapters, ridges in (("hold", (0.01, 0.03, 0.1, 0.3, 1.0)), ("trust", (0.1, 1.0, 10.0))):
+        for ridge in ridges:
+            parameters = {"adapters": adapters, "ridge": ridge}
+            yield Merge(
+                name=f"adapters: {adapters} {ridge:g}", group="adapters", method="actmat", parameters=parameters
+            )
+
+
 def of_counts(counts: Sequence[int] = (2, 4, 6)) -> Iterator[Merge]:
     """The first few experts, by four methods."""
     compared = {"average": "linear", "TIES": "ties", "TSV": "tsv", "ACTMat": "actmat"}

@@ -31,6 +31,7 @@ GROUPS = {
     "pool": "Matrices that read the same input, stacked",
     "embeddings": "Embeddings, by ACTMat of everything else",
     "output": "The output's dtype",
+    "adapters": "Adapters held back: a ridge (in/rank)² times as strong",
     "experts": "Number of experts",
     "ideas": "Beyond ACTMat",
     "lengths": "Every second expert trained four times as long",

@@ -27,7 +27,7 @@ def actmat(
     *,
     ridge: float = 0.1,
     solver: Literal["ridge", "pinv", "exact", "top_k", "flow"] = "ridge",
-    anchor: Literal["auto", "mean", "base", "sum", "rescaled"] = "auto",
+    anchor: Literal["auto", "mean", "base", "sum"] = "auto",
     weight_exponent: float = 0.0,
     top_k: float = 0.0,
     time: float = 300.0,
@@ -40,9 +40,8 @@ def actmat(
             eigenvalue; only for solver ridge, and there not 0
     solver  ridge: regularised; pinv: what the paper's code computes; exact: no regularisation;
             top_k: the largest eigenvalues alone; flow: those by gradient flow, ended at `time`
-    anchor  what stays where the solver holds back: the experts' mean, the base's weights (base),
-            the sum of the changes, or the mean as long as the experts' changes are (rescaled);
-            auto: base for pinv, else mean
+    anchor  what stays where the solver holds back: the experts' mean, the base's weights (base)
+            or the sum of the changes; auto: base for pinv, else mean
     weight_exponent  p: expert t's covariance counts 1/‖D_t‖^2p
     top_k   share of the eigenvalues that solvers top_k and flow use; 0 for their participation
             ratio
@@ -51,7 +50,7 @@ def actmat(
     pool    inputs: matrices that read the same input, such as q, k and v, are merged as one, stacked
             by rows
     adapters  where all experts are adapters and the solver is ridge, hold: a ridge (in/rank)² times
-            as strong, towards the rescaled mean for anchor auto; trust: as for other changes
+            as strong; trust: the same as for other changes
 
     Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in five ways changed:
     it is applied to the changes, Δ = Σ D_t C_t (Σ C_t)⁺, and W_0 + Δ written, as the paper's code does:
@@ -62,8 +61,8 @@ def actmat(
     experts that did not change a matrix do not count in its mean;
     deltas are scaled by a power of two while they are squared;
     where T·out ≤ in the same solution comes from the smaller system S Sᵀ, S = [D_1; …; D_T];
-    the covariances of adapters are held back: they show `rank` of `in` directions, those that A was
-    drawn in, and where all that others do goes unseen the rule comes to the plain sum (`adapters`).
+    of adapters ridge is (in/rank)² times as strong, for the largest rank: their covariances show `rank`
+    of `in` directions, where A was drawn; each expert is met there, which alone is the changes' sum.
     The other settings span the family: weight_exponent 1 is the repository's later `mons` and WUDI's
     loss, solvers top_k and flow are SWUDI's; see `solve_normal_equations` for the formula.
 

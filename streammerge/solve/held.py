@@ -10,11 +10,9 @@ def held(arguments: Mapping[str, Any], shape: tuple[int, int], ranks: Sequence[i
     """ACTMat's arguments for changes of an [out, in] matrix by so many ranks.
 
     An adapter of rank r shows r of `in` inputs, and those are where its A was drawn, not where the inputs are: the
-    covariances are held back by a ridge (in/r)² times as strong, for the largest rank, towards the rescaled mean.
+    covariances are held back by a ridge (in/r)² times as strong, for the largest rank. Measured in bench/quality.
     """
-    if arguments.get("adapters") != "hold" or arguments.get("solver") != "ridge":
-        return dict(arguments)
     rank = max(ranks, default=0)
-    factor = max(1.0, shape[1] / rank) ** 2 if rank else 1.0
-    anchor = "rescaled" if arguments["anchor"] == "auto" else arguments["anchor"]
-    return {**arguments, "ridge": arguments["ridge"] * factor, "anchor": anchor}
+    if arguments["adapters"] != "hold" or arguments["solver"] != "ridge" or not rank:
+        return dict(arguments)
+    return {**arguments, "ridge": arguments["ridge"] * max(1.0, shape[1] / rank) ** 2}

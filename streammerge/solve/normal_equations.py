@@ -61,8 +61,7 @@ def solve_normal_equations(
     flow    f = 1 - exp(-λ·time) for the same eigenvalues, λ of A divided by its trace and times T:
             gradient flow from Θ, ended at `time`
 
-    anchor           Θ = mean D_t, 0 or Σ D_t instead; rescaled: the mean, made as long as the D_t are (the
-                     root of their mean square), but at most √T times as long as it is
+    anchor           Θ = mean D_t, 0 or Σ D_t instead
     weight_exponent  w_t = ‖D_t‖^(-2·weight_exponent)
     density, center  C_t of the largest entries of D_t only, and of those less each column's mean
 
@@ -208,7 +207,7 @@ class _Solution:
         if not seen.identical or (self.covariances.factored and self.measured is None):
             return False
         keeps_one = self.rule.anchors == "sum" and len(seen.used) == 1
-        return self.solver == "exact" or self.rule.keeps_equal or keeps_one
+        return self.solver == "exact" or self.rule.anchors == "mean" or keeps_one
 
     def _terms(self, seen: Survey) -> Terms:
         if self.measured is not None:
@@ -283,8 +282,7 @@ class _Solution:
                     delta.dense(out=stack[first : first + self.rows]).mul_(seen.scale)
         keep_gram = self.solver != "ridge"
         anchored = terms.anchor != "base"
-        energy = seen.energy * seen.scale**2
-        return dual(stack, self.rows, self.buffers, anchored=anchored, keep_gram=keep_gram, terms=terms, energy=energy)
+        return dual(stack, self.rows, self.buffers, anchored=anchored, keep_gram=keep_gram, terms=terms)
 
     def _solve(self, system: System, seen: Survey, *, last: bool) -> _Solved | None:
         """Leave X in `system.right`, or return None where another attempt is needed."""

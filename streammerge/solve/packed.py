@@ -8,7 +8,6 @@ form and comes out of the Gram itself in the dual one, so nothing is formed twic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -76,12 +75,11 @@ def packed_primal(
     terms = terms or Terms(experts=len(seen.used))
     changes = [packed.values[index] for index in seen.used]
     rows, columns = changes[0].shape
-    right = buffers.take("right", torch.float32, rows, columns).zero_()
-    stretch = _stretch(terms, changes, seen, right)
     # every moment takes two products, one for each half of its Gram
     left = 5 * rows < 4 * columns if left is None else left
     gram = buffers.take("gram", torch.float32, columns, columns).zero_()
     spare = buffers.take("spare", torch.float32, columns, columns)
+    right = buffers.take("right", torch.float32, rows, columns).zero_()
     for number, change in enumerate(changes):
         weight = terms.weight(number)
         if left:
@@ -98,14 +96,14 @@ def packed_primal(
             add_moment_(right, change, spare)
     if ridge_lambda:
         for number, change in enumerate(changes):
-            right.add_(change, alpha=terms.pull(number, ridge_lambda * stretch))
+            right.add_(change, alpha=terms.pull(number, ridge_lambda))
     if left:
         mirror_(gram)
     anchor: Tensor | None = None
     if to_anchor:
         anchor = buffers.take("anchor", torch.float32, rows, columns).zero_()
         for number, change in enumerate(changes):
-            anchor.add_(change, alpha=terms.share(number) * stretch)
+            anchor.add_(change, alpha=terms.share(number))
         right.addmm_(anchor, gram, alpha=-1.0)
     return System(anchor=anchor, gram=gram, right=right, spare=spare, stack=None, buffers=buffers)
 
@@ -126,26 +124,12 @@ def packed_dual(
         right[:, number * rows : (number + 1) * rows] = blocks[number, :, number]
     anchor: Tensor | None = None
     if anchored:
-        anchor = buffers.take("anchor", torch.float32, rows, columns)
-        stretch = _stretch(terms, list(values), seen, anchor)
-        anchor.zero_()
+        anchor = buffers.take("anchor", torch.float32, rows, columns).zero_()
         for number, change in enumerate(values):
-            right.sub_(blocks[number].view(rows, size), alpha=terms.share(number) * stretch)
-            anchor.add_(change, alpha=terms.share(number) * stretch)
+            right.sub_(blocks[number].view(rows, size), alpha=terms.share(number))
+            anchor.add_(change, alpha=terms.share(number))
     system = System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
     return system.weighted_(terms)
-
-
-def _stretch(terms: Terms, changes: Sequence[Tensor], seen: Survey, memory: Tensor) -> float:
-    """See `Terms.stretch`. `memory` [m, n] is zero afterwards."""
-    if terms.anchor != "rescaled":
-        return 1.0
-    memory.zero_()
-    for number, change in enumerate(changes):
-        memory.add_(change, alpha=terms.share(number))
-    mean_squared = torch.linalg.vector_norm(memory).item() ** 2
-    memory.zero_()
-    return terms.stretch(seen.energy * seen.scale**2, mean_squared)
 
 
 def _equal(packed: Packed, first: int, second: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 from streammerge.solve.terms import Anchor
 
 SolverName = Literal["ridge", "pinv", "exact", "top_k", "flow"]
-AnchorName = Literal["auto", "mean", "base", "sum", "rescaled"]
+AnchorName = Literal["auto", "mean", "base", "sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,7 @@ class Rule:
 
     @property
     def anchors(self) -> Anchor:
-        """What the filter leaves out takes: of the mean, nothing, the sum, or the lengthened mean."""
+        """What the filter leaves out takes: of the mean, nothing, or the sum."""
         if self.anchor == "auto":
             return "base" if self.solver == "pinv" else "mean"
         return self.anchor
-
-    @property
-    def keeps_equal(self) -> bool:
-        """Whether several experts that made the same change are all that the anchor knows of."""
-        return self.anchors in ("mean", "rescaled")

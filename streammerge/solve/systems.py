@@ -25,7 +25,7 @@ from streammerge.delta import Deltas
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
 from streammerge.solve.covariances import OWN, Own
-from streammerge.solve.survey import Survey, squared_norm
+from streammerge.solve.survey import Survey
 from streammerge.solve.terms import Terms
 from streammerge_kernels.gram import add_gram_, mirror_
 from streammerge_kernels.moment import add_product_
@@ -202,9 +202,6 @@ def primal(
     mirror_(gram)
     if way is not None and anchored and terms.surplus:
         way.add_(anchor, alpha=terms.surplus)
-    if way is not None and terms.anchor == "rescaled":
-        way.add_(anchor)
-        way.mul_(terms.stretch(seen.energy * seen.scale**2, squared_norm(way, buffers))).sub_(anchor)
     if way is not None and to_anchor:
         right.addmm_(way, gram, alpha=-1.0)
         anchor.add_(way)
@@ -237,21 +234,13 @@ def _add_by_left_gram(
 
 
 def dual(
-    stack: Tensor,
-    rows: int,
-    buffers: Buffers,
-    *,
-    anchored: bool,
-    keep_gram: bool,
-    terms: Terms | None = None,
-    energy: float = 0.0,
+    stack: Tensor, rows: int, buffers: Buffers, *, anchored: bool, keep_gram: bool, terms: Terms | None = None
 ) -> System:
     """Form K = S Sᵀ and Y from the stacked, scaled deltas.
 
     stack      [T·rows, n]
     anchored   Θ is the deltas' mean, or `terms`' anchor; else zero
     keep_gram  the factor gets memory of its own
-    energy     ‖stack‖², for an anchor that is rescaled
     """
     dtype, (size, columns) = stack.dtype, stack.shape
     gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
@@ -264,15 +253,10 @@ def dual(
         part = slice(row, min(row + BLOCK_ROWS, rows))
         off_anchor = block[: part.stop - row]
         for count, change in enumerate(changes if anchored else (), start=1):
-            if terms is None or (terms.anchor in ("mean", "rescaled") and terms.shares is None):
+            if terms is None or (terms.anchor == "mean" and terms.shares is None):
                 anchor[part].add_(torch.sub(change[part], anchor[part], out=off_anchor), alpha=1.0 / count)
             else:
                 anchor[part].add_(change[part], alpha=terms.share(count - 1))
-    if anchored and terms is not None and terms.anchor == "rescaled":
-        anchor.mul_(terms.stretch(energy, squared_norm(anchor, buffers)))
-    for row in range(0, rows, BLOCK_ROWS):
-        part = slice(row, min(row + BLOCK_ROWS, rows))
-        off_anchor = block[: part.stop - row]
         for number, change in enumerate(changes):
             torch.sub(change[part], anchor[part], out=off_anchor)
             torch.mm(off_anchor, change.mT, out=right[part, number * rows : (number + 1) * rows])
@@ -298,8 +282,6 @@ def factored_dual(
         stack[part] = covariances.factor(change)
         torch.mm(change, stack[part].mT, out=right[:, part])
         anchor.add_(change, alpha=terms.share(number))
-    if terms.anchor == "rescaled":
-        anchor.mul_(terms.stretch(seen.energy * seen.scale**2, squared_norm(anchor, buffers)))
     right.addmm_(anchor, stack.mT, alpha=-1.0)
     gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
     spare = buffers.take("spare", dtype, size, size)

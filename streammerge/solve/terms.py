@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Anchor = Literal["mean", "base", "sum", "rescaled"]
+Anchor = Literal["mean", "base", "sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """What the used experts contribute to A = Σ w_t C_t, N = Σ w_t D_t C_t and the anchor Θ = Σ a_t D_t.
 
-    anchor   which a_t: 1/T, 0, 1, or 1/T times `stretch`, which is not counted here; not read where there are `shares`
+    anchor   which a_t: 1/T, 0 or 1; not read where there are `shares`
     shares   a_t of each expert, None for the anchor's
     weights  w_t of each expert, None where all are 1
     """
@@ -32,11 +32,11 @@ class Terms:
         """a_t of the number-th used expert."""
         if self.shares is not None:
             return self.shares[number]
-        return {"mean": 1.0 / self.experts, "base": 0.0, "sum": 1.0, "rescaled": 1.0 / self.experts}[self.anchor]
+        return {"mean": 1.0 / self.experts, "base": 0.0, "sum": 1.0}[self.anchor]
 
     def pull(self, number: int, strength: float) -> float:
         """`strength` · a_t, for the mean without rounding twice."""
-        if self.shares is None and self.anchor in ("mean", "rescaled"):
+        if self.shares is None and self.anchor == "mean":
             return strength / self.experts
         return strength * self.share(number)
 
@@ -45,21 +45,7 @@ class Terms:
         """Σ a_t - 1: what is left of one expert's change where all made the same."""
         if self.shares is not None:
             return math.fsum(self.shares) - 1.0
-        return {"mean": 0.0, "base": -1.0, "sum": self.experts - 1.0, "rescaled": 0.0}[self.anchor]
-
-    def stretch(self, energy: float, mean_squared: float) -> float:
-        """What lengthens the mean change to the experts' root mean square, at most √T times; 1 for other anchors.
-
-        √T is what changes at right angles to each other need. What is shorter than theirs cancels, and would come
-        back as noise.
-
-        energy        Σ ‖D_t‖²
-        mean_squared  ‖mean D_t‖²
-        """
-        if self.anchor != "rescaled" or self.shares is not None:
-            return 1.0
-        wanted = energy / self.experts
-        return math.sqrt(min(float(self.experts), wanted / mean_squared if mean_squared > 0.0 else math.inf))
+        return {"mean": 0.0, "base": -1.0, "sum": self.experts - 1.0}[self.anchor]
 
 
 def weights_by_norm(energies: Sequence[float], exponent: float) -> tuple[float, ...] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -166,9 +166,6 @@ def _solved(deltas: ThinDeltas, rule: Rule, experts: Sequence[Factors], energies
     columns = deltas.shape[1]
     weights = weights_by_norm(energies, rule.weight_exponent)
     terms = Terms(experts=len(experts), anchor=rule.anchors, weights=weights)
-    if rule.anchors == "rescaled":
-        stretch = terms.stretch(math.fsum(energies), _mean_squared(experts))
-        terms = replace(terms, shares=(stretch / len(experts),) * len(experts))
     roots = [math.sqrt(terms.weight(number)) for number in range(len(experts))]
     rows = torch.cat([each.right * root for each, root in zip(experts, roots, strict=True)])
     # [columns, k] = V₀ᵀ Lᵀ
@@ -199,12 +196,6 @@ def _solved(deltas: ThinDeltas, rule: Rule, experts: Sequence[Factors], energies
         solver=rule.solver, form="thin", certificate=_EPS64 * largest_kept / least_kept, escalation="none", **facts
     )
     return Factors(left, w @ basis.mT)
-
-
-def _mean_squared(experts: Sequence[Factors]) -> float:
-    """‖mean D_t‖²."""
-    left, right = torch.cat([each.left for each in experts], dim=1), torch.cat([each.right for each in experts])
-    return float(((left.mT @ left) * (right @ right.mT)).sum()) / len(experts) ** 2
 
 
 def _divisors(
@@ -247,7 +238,7 @@ def _agreed(rule: Rule, used: Sequence[Factors]) -> bool:
         for one in used[1:]
     )
     keeps_one = rule.anchors == "sum" and len(used) == 1
-    return same and (rule.solver == "exact" or rule.keeps_equal or keeps_one)
+    return same and (rule.solver == "exact" or rule.anchors == "mean" or keeps_one)
 
 
 def shortened(factors: Factors, rank: int) -> tuple[Factors, float]:

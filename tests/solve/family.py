@@ -28,10 +28,7 @@ def reference(
     total, target = weighted.sum(0), (changes @ weighted).sum(0)
     if anchor == "auto":
         anchor = "base" if solver == "pinv" else "mean"
-    theta = {
-        "mean": changes.mean(0), "base": torch.zeros_like(changes[0]), "sum": changes.sum(0),
-        "rescaled": rescaled(changes),
-    }[anchor]  # fmt: skip
+    theta = {"mean": changes.mean(0), "base": torch.zeros_like(changes[0]), "sum": changes.sum(0)}[anchor]
     values, vectors = torch.linalg.eigh(total)
     values = values.clamp(min=0)
     values = torch.where(values > columns * 2.0**-52 * values[-1], values, 0)
@@ -46,14 +43,6 @@ def reference(
     }[solver]
     gains = torch.where(values > 0, kept / values, 0)
     return theta + (target - theta @ total) @ vectors @ torch.diag(gains) @ vectors.mT
-
-
-def rescaled(changes: Tensor) -> Tensor:
-    """The mean of [T, out, in] changes, as long as the root mean square of theirs, but at most √T times itself."""
-    mean = changes.mean(0)
-    if not mean.any():
-        return mean
-    return mean * min(len(changes) ** 0.5, float(changes.flatten(1).norm(dim=1).square().mean().sqrt() / mean.norm()))
 
 
 def _largest(values: Tensor, columns: int, top_k: float) -> Tensor:

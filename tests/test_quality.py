@@ -16,17 +16,20 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
+import itertools
+
 import run_quality
 from models import Training as LanguageTraining
-from quality import analysis, estimates, experts, merges, packages, tables, tasks
+from quality import analysis, continuations, estimates, experts, merges, packages, tables, tasks, theorem
 from quality.blended import blended
-from quality.encoder import Training
+from quality.encoder import Batch, Training
 from quality.experts import Suite
 from quality.lab import EncoderLab
 from quality.language import Corpus, LanguageLab
 from quality.ledger import IDENTITY, Ledger, read
 from quality.merges import Merge
 from quality.tasks import Example, Sizes
+from texts import Document
 
 import streammerge
 from streammerge import methods
@@ -118,15 +121,17 @@ def test_every_merge_becomes_a_row_once_and_rows_become_tables(cache, kind, caps
         lab.references()
         lab.run(of_each_kind())
         lab.analyse()
+        if kind == "full":
+            lab.error_terms()
         return read(cache / "results/quality.jsonl")
 
-    rows = run()
-    assert [row["name"] for row in rows] == ["zero-shot", "experts", *(m.name for m in of_each_kind()), "covariances"]
-    assert all(0 <= row["mean"] <= 1 and row["commit"] and row["machine"] for row in rows[:-1])
+    rows, looks = run(), ["covariances", *(["error terms"] if kind == "full" else [])]
+    assert [row["name"] for row in rows] == ["zero-shot", "experts", *(m.name for m in of_each_kind()), *looks]
+    assert all(0 <= row["mean"] <= 1 and row["commit"] and row["machine"] for row in rows[: -len(looks)])
     assert not list((cache / "merged").iterdir())
     assert f"{kind} 0 ACTMat:" in capsys.readouterr().err
     assert run() == rows
-    cosines = rows[-1]["matrices"]["encoder.layer.1.attention.self.query.weight"]["nouns"]
+    cosines = rows[-len(looks)]["matrices"]["encoder.layer.1.attention.self.query.weight"]["nouns"]
     assert -1 <= cosines["cosine"] <= 1
     tables.write(rows, cache / "RESULTS.md")
     lines = (cache / "RESULTS.md").read_text().splitlines()
@@ -283,6 +288,62 @@ def test_the_labs_formula_is_the_products_where_both_have_the_setting(shape, anc
     torch.testing.assert_close(blended(deltas, anchor=anchor), actmat(deltas, anchor=anchor))
     weighed = blended(deltas, anchor=anchor, weigh="norm", exponent=0.5)
     torch.testing.assert_close(weighed, actmat(deltas, anchor=anchor, weight_exponent=0.5))
+
+
+class OneLayer(torch.nn.Module):
+    """Reads token ids as rows of numbers, and hands them to a linear layer."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False))
+        self.table = torch.randn(9, 5, generator=generator)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.table[ids].requires_grad_())
+
+
+def test_the_error_terms_lie_between_the_sums_that_they_are_named_after():
+    generator = torch.Generator().manual_seed(8)
+    model, terms = OneLayer(generator), theorem.Terms()
+    first, name = model.encoder[0].weight.detach().double().clone(), "encoder.0.weight"
+    outer, weighed, seen = (torch.zeros(*shape).double() for shape in ((4, 5), (5, 5), (5, 5)))
+    # in two steps of which the second is not looked at token by token
+    for step in range(2):
+        ids = torch.randint(9, (3, 6), generator=generator)
+        mask = torch.randint(2, (3, 6), generator=generator)
+        batch, wanted = Batch(ids, mask, torch.zeros(3)), torch.randn(3, 6, 4, generator=generator)
+        terms.before(model, batch, step)
+        model.zero_grad()
+        (model(ids) * wanted * mask[..., None]).sum().backward()
+        terms.after(model, batch, step)
+        x, g = (each[mask.bool()].double() for each in (model.table[ids], wanted))
+        outer += g.T @ x
+        if step == 0:
+            weighed += (x * g.square().sum(1, keepdim=True)).T @ x
+            seen += x.T @ x
+    with torch.no_grad():
+        model.encoder[0].weight += 0.1 * torch.randn(4, 5, generator=generator)
+    change = model.encoder[0].weight.detach().double() - first
+    moment = torch.eye(5).double()
+    chain = [change.T @ change, outer.T @ outer, weighed, seen, moment]
+    names = ["optimizer", "cross", "correlation", "drift"]
+    expected = {key: theorem.angle(*pair) for key, pair in zip(names, itertools.pairwise(chain), strict=True)}
+    expected["total"] = theorem.angle(chain[0], chain[-1])
+    assert terms.angles({name: moment})[name] == pytest.approx(expected, abs=1e-3)
+    assert expected["total"] <= sum(expected[key] for key in names)
+
+
+def test_a_question_has_its_own_ending_once_among_others_of_its_domain():
+    words = [f"w{number}" for number in range(400)]
+    texts = [Document(group=half, text=" ".join(part)) for half, part in (("a", words[:200]), ("b", words[200:]))]
+    asked = continuations.questions(texts, 8, seed=0)
+    assert asked == continuations.questions(texts, 8, seed=0)
+    assert len(asked) == 8
+    for question in asked:
+        last = int(question["beginning"].split()[-1][1:])
+        own = question["endings"][question["own"]].split()
+        assert own == [f"w{last + 1 + number}" for number in range(continuations.ENDING)]
+        assert len(set(question["endings"])) == continuations.CHOICES
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])

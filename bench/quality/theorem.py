@@ -71,7 +71,7 @@ class Terms:
         return add
 
     def angles(self, moments: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """By matrix, in degrees; `moments` are Σ xxᵀ [in, in] of the trained expert's inputs.
+        """By matrix of the encoder's layers, in degrees; `moments` are Σ xxᵀ [in, in] of the trained expert's inputs.
 
         total        from DᵀD to the expert's moment
         optimizer    from DᵀD to GᵀG, G = Σ g_i x_iᵀ: what AdamW made of the gradients
@@ -81,7 +81,8 @@ class Terms:
         """
         assert self._last is not None
         found = {}
-        for name, moment in moments.items():
+        for name in sorted(moments.keys() & self._first.keys()):
+            moment = moments[name]
             change = (self._last(name) - self._first[name]).double()
             gradient = self._gradients[name].double()
             weighed, seen = self._weighed[name].double(), self._moments[name].double()

@@ -194,6 +194,25 @@ def test_experts_of_texts_are_merged_and_judged_by_loss(cache):
     assert any(line.startswith(f"| experts | {trained['mean']:.2f} | 100 |") for line in lines)
 
 
+def test_the_gain_over_settings_is_the_mean_of_each_settings_mean_of_seeds():
+    def row(setting: str, kind: str, seed: int, name: str, score: float) -> dict[str, Any]:
+        key, sign = ("losses", -1) if setting == "language" else ("accuracy", 1)
+        group = "table" if name == "average" else "references"
+        return {
+            "setting": setting, "kind": kind, "suite": "s", "seed": seed, "name": name, "group": group, "longer": [],
+            key: {"one": sign * score},
+        }  # fmt: skip
+
+    rows = []
+    for (setting, kind), scores in zip(tables.SETTINGS, [(0.2, 0.4), (0.5, 0.5), (0.9, 0.9)], strict=True):
+        for seed, score in enumerate(scores):
+            rows += [row(setting, kind, seed, "zero-shot", 0.0), row(setting, kind, seed, "experts", 1.0)]
+            rows.append(row(setting, kind, seed, "average", score))
+    (text,) = tables.over_settings(rows)
+    assert text.splitlines()[-1] == "| average | 30 ± 14 | 50 ± 0 | 90 ± 0 | 57 |"
+    assert not list(tables.over_settings([each for each in rows if each["kind"] == "full"]))
+
+
 def test_a_merge_of_one_expert_is_as_good_as_that_expert(cache):
     lab = EncoderLab(suite(cache), "full", 0, Ledger(cache / "results"))
     lab.references()

@@ -14,6 +14,11 @@ from .merges import of_table
 
 KINDS = {"full": "full fine-tuning", "lora": "LoRA"}
 OURS = "ACTMat"
+SETTINGS = {
+    ("encoder", "full"): "text tasks, full",
+    ("encoder", "lora"): "text tasks, LoRA",
+    ("language", "full"): "language model",
+}
 ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 INTRODUCTION = """\
 # What merges keep: the tables
@@ -40,8 +45,30 @@ GROUPS = {
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the whole document."""
-    parts = [INTRODUCTION, *encoder_parts(rows), *language_parts(rows)]
+    parts = [INTRODUCTION, *over_settings(rows), *encoder_parts(rows), *language_parts(rows)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def over_settings(rows: Sequence[Row]) -> Iterator[str]:
+    """The gain that each method keeps in every setting, and on average over them, the best first."""
+    wanted = [row for row in rows if row["group"] == "table" and not row["longer"]]
+    kept: dict[str, dict[str, list[float]]] = {}
+    for row in wanted:
+        share = gain_kept(row, rows)
+        title = SETTINGS.get((row["setting"], row["kind"]))
+        if share is not None and title:
+            kept.setdefault(row["name"], {}).setdefault(title, []).append(100 * share)
+    means = {
+        name: [fmean(found[title]) for title in found] for name, found in kept.items() if len(found) == len(SETTINGS)
+    }
+    if not means:
+        return
+    lines = [
+        [name, *(spread(kept[name][title], 0) for title in SETTINGS.values()), f"{fmean(means[name]):.0f}"]
+        for name in sorted(means, key=lambda name: -fmean(means[name]))
+    ]
+    columns = ("gain kept, %", *SETTINGS.values(), "mean of the settings")
+    yield f"## All settings\n\n{markdown(columns, lines)}"
 
 
 def encoder_parts(rows: Sequence[Row]) -> Iterator[str]:

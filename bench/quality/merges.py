@@ -105,6 +105,7 @@ def of_table() -> Iterator[Merge]:
     yield row("TACT, paper", "tact", solver="pinv")
     yield row("TACT", "tact")
     yield row("RegMean", "regmean")
+    yield row("RegMean, reduce 1", "regmean", reduce=1.0)
     yield row("ACTMat, paper", "actmat", solver="pinv")
     yield row("ACTMat, exact", "actmat", solver="exact")
     yield row("ACTMat", "actmat")

@@ -120,6 +120,8 @@ def run_part(lab: EncoderLab | LanguageLab, part: str) -> None:
         lab.error_terms()
     elif part == "ablations" and isinstance(lab, EncoderLab):
         lab.run((*merges.of_ablations(), *merges.of_counts()))
+    elif part == "ablations":
+        lab.run(merge for merge in merges.of_ablations() if merge.name in merges.ALSO_OF_LANGUAGE)
     elif part == "lengths" and isinstance(lab, EncoderLab) and lab.kind == "full":
         lab.references()
         lab.run(merges.of_lengths())

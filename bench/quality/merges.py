@@ -29,6 +29,10 @@ TIES = {"density": 0.2, "trim": "model", "keep": "threshold", "cancelled": "majo
 DARE = {"density": 0.5, "rescale_by": "probability"}
 # of the language model's 210 matrices, on one core
 FOR_HOURS = ("WUDI, 300 steps", "KnOTS-TIES", "KnOTS-TSV")
+ALSO_OF_LANGUAGE = (
+    *(f"ridge: mean {ridge:g}" for ridge in (0.01, 0.03, 0.3)), "embeddings: base", "output: float32",
+    "output: bfloat16, stochastic",
+)  # fmt: skip
 BY_HARNESS = ("average", "task arithmetic, tuned", "TIES", "TSV", "ACTMat, paper", "ACTMat")
 EMBEDDINGS = "word_embeddings|embed_tokens"
 
@@ -135,7 +139,7 @@ def of_ablations() -> Iterator[Merge]:
     yield row("embeddings", "averaged")
     yield row("embeddings", "base", {"rules": [{"match": EMBEDDINGS, "keep": "base"}]})
     yield row("embeddings", "merged", {"rules": [{"match": EMBEDDINGS, "merge_method": "actmat"}]})
-    yield row("output", "float32")
+    yield row("output", "float32", {"out_dtype": "float32"})
     yield row("output", "bfloat16, nearest", {"out_dtype": "bfloat16"})
     yield row("output", "bfloat16, stochastic", {"out_dtype": "bfloat16", "rounding": "stochastic"})
 

@@ -94,8 +94,9 @@ def language_parts(rows: Sequence[Row]) -> Iterator[str]:
     """The sections on the language model."""
     found = [row for row in rows if row["setting"] == "language"]
     yield from _main(found, "Five kinds of text, full fine-tuning")
-    if any(row["group"] == "ideas" for row in found):
-        yield f"### {GROUPS['ideas']}\n\n{table(found, 'ideas')}"
+    for group, title in GROUPS.items():
+        if any(row["group"] == group for row in found):
+            yield f"### {title}, language model\n\n{table(found, group)}"
     asked = [row for row in rows if row["setting"] == "continuations"]
     yield from _main(asked, "Which of four continuations is the text's own? The same merges in the harness")
 

@@ -66,7 +66,7 @@ class ContinuationsLab(LanguageLab):
 
     measure = "accuracy"
 
-    def __init__(self, corpus: Corpus, seed: int, ledger: Ledger, *, python: Path, count: int = 40) -> None:
+    def __init__(self, corpus: Corpus, seed: int, ledger: Ledger, *, python: Path, count: int = 25) -> None:
         super().__init__(corpus, seed, ledger)
         self.python, self.count = python, count
 

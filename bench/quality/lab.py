@@ -28,7 +28,7 @@ from .merges import SCALES, Merge
 from .tasks import TEST, VALIDATION, Task, load, sides
 from .theorem import Terms
 
-MEMORY = "1GiB"
+MEMORY = "2GiB"
 CAPTURED_TEXTS = 256
 COVARIANCE = "covariance"
 # names of rows that are no merges

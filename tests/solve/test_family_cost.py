@@ -29,7 +29,10 @@ PRICED = [(64, 96), (40, 300), (300, 40), (32, 512), (1, 7), (7, 1)]
 )
 def test_no_option_takes_more_workspace_and_passes_than_priced(shape, options, solver):
     base, changed = experts("sft", *shape, 4)
-    families = [changed, [base, changed[1], base, changed[2]], [changed[0], changed[0], changed[0], changed[1]]]
+    families = [
+        changed, [base, changed[1], base, changed[2]], [changed[0], changed[0], changed[0], changed[1]],
+        [base, base, changed[2], base],
+    ]  # fmt: skip
     for family, dtype in itertools.product(families, (torch.bfloat16, torch.float64)):
         deltas = CountingDeltas(base.to(dtype), [e.to(dtype) for e in family])
         solve_normal_equations(deltas, solver=solver, **options)

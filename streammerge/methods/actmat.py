@@ -52,7 +52,7 @@ def actmat(
     adapters  where all experts are adapters and the solver is ridge, hold: a ridge (in/rank)² times
             as strong; trust: the same as for other changes
 
-    Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in five ways changed:
+    Equation (3), W = Σ W_t C_t (Σ C_t)⁺ with C_t = D_tᵀD_t, D_t = W_t - W_0, in six ways changed:
     it is applied to the changes, Δ = Σ D_t C_t (Σ C_t)⁺, and W_0 + Δ written, as the paper's code does:
     directions that no expert changed keep the base's weights, where the least-norm W would zero them;
     ridge, the default, adds λ = ridge·tr(A)/in to A = Σ C_t and λ·mean(D_t) to Σ D_t C_t, where the

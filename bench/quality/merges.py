@@ -33,7 +33,7 @@ ALSO_OF_LANGUAGE = (
     *(f"ridge: mean {ridge:g}" for ridge in (0.01, 0.03, 0.3)), "embeddings: base", "output: float32",
     "output: bfloat16, stochastic",
 )  # fmt: skip
-BY_HARNESS = ("average", "task arithmetic, tuned", "TIES", "TSV", "ACTMat, paper", "ACTMat")
+BY_HARNESS = ("average", "TIES", "ACTMat, paper", "ACTMat")
 EMBEDDINGS = "word_embeddings|embed_tokens"
 
 

@@ -298,8 +298,8 @@ def _steps(recipe: Recipe, models: Sequence[Checkpoint], names: Sequence[str], *
     steps = [(_step(recipe, models, each), each.reference[1]) for each in inputs]
     if recipe.slices:
         _refuse_looks_at_several_models([step for step, _ in steps])
-    elif all(same_folder(model, models[0]) for model in merged[1:]):
-        steps = [(_of_adapters(step, thin=thin), entry) for step, entry in steps]
+    if all(same_folder(model, models[0]) for model in merged[1:]):
+        steps = [(_of_adapters(step, thin=thin and not recipe.slices), entry) for step, entry in steps]
     if recipe.quantize:
         return _pooled([each for step, entry in steps for each in as_stored(step, entry)])
     return _pooled([step for step, _ in steps])

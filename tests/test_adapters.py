@@ -380,6 +380,10 @@ def test_the_ridge_alone_is_another_for_adapters_alone(tmp_path, base):
         return step.arguments["ridge"], step.arguments["anchor"]
 
     times = (base[name].shape[1] / 4) ** 2
+    layers = [{"sources": [{"model": str(each), "layer_range": [0, 2]} for each in adapters]}]
+    sliced = {"merge_method": "actmat", "base_model": str(tmp_path / "base"), "slices": layers}
+    (step,) = (step for step in make_plan(Recipe.from_dict(sliced), LocalStorage()).steps if step.name == name)
+    assert (step.arguments["ridge"], step.thin) == (0.1 * times, False)
     for options in ({}, {"device_memory_bytes": 1 << 30}):
         assert settings(adapters, {"ridge": 0.2, "anchor": "sum"}, **options) == (0.2 * times, "sum")
         assert settings(adapters, {"adapters": "trust"}, **options) == (0.1, "auto")

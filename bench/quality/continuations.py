@@ -16,12 +16,11 @@ from texts import Document, split
 
 import streammerge
 
-from .language import Corpus, LanguageLab, documents
+from .language import HELD_OUT, Corpus, LanguageLab, documents
 from .ledger import Ledger
 from .packages import unpacked
 from .tasks import Task
 
-HELD_OUT = "held out"
 CHOICES = 4
 # words of a question and of each of its answers
 BEGINNING, ENDING = 24, 12

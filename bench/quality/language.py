@@ -33,6 +33,7 @@ from .tasks import TASKS, Example, Task
 DOMAINS = ("functions", "verses", "diagnoses", "nouns", "newsgroups")
 # windows that an expert is run over for its covariances
 CAPTURED_WINDOWS = 32
+HELD_OUT = "held out"
 _HELD_OUT_SEED, _VALIDATION_SEED = 101, 102
 
 
@@ -67,7 +68,7 @@ class Corpus:
             for side, texts, count, drawn in (
                 ("training", training, self.training.windows, seed),
                 ("validation", training, self.validation, _VALIDATION_SEED),
-                ("held out", held_out, self.held_out, _HELD_OUT_SEED),
+                (HELD_OUT, held_out, self.held_out, _HELD_OUT_SEED),
             )
         }
 
@@ -131,10 +132,10 @@ class LanguageLab:
 
     def references(self) -> None:
         """Rows of the base and of the experts, each on its own domain."""
-        self._once(ZERO_SHOT, lambda: self.judge(self.corpus.base, "held out"))
+        self._once(ZERO_SHOT, lambda: self.judge(self.corpus.base, HELD_OUT))
         self._once(
             EXPERTS,
-            lambda: {name: self.judge(path, "held out", (name,))[name] for name, path in self.experts.items()},
+            lambda: {name: self.judge(path, HELD_OUT, (name,))[name] for name, path in self.experts.items()},
         )
 
     def _once(self, name: str, measure: Any) -> None:
@@ -179,7 +180,7 @@ class LanguageLab:
             if merge.tuned:
                 found = {scale: self._merged(merge, "validation", scale)[0] for scale in SCALES}
                 best = min(found, key=lambda scale: sum(found[scale].values()))
-            scores, cost = self._merged(merge, "held out", best)
+            scores, cost = self._merged(merge, HELD_OUT, best)
             self._note({**facts, **({"scale": best} if merge.tuned else {}), **cost}, scores)
 
     def _merged(self, merge: Merge, side: str, scale: float | None) -> tuple[Mapping[str, float], dict[str, Any]]:

@@ -124,7 +124,8 @@ def normal_equations(shape: tuple[int, int], experts: int, parameters: Mapping[s
     primal_alone = system.measured or form(experts, rows, columns) == "primal"
     one_pass = not primal_alone and solver != "exact" and not system.shaped
     sizes = {experts * rows} if one_pass else {t * rows for t in range(1, experts + 1) if t * rows <= columns}
-    sizes = set() if system.measured else sizes
+    if system.measured:
+        sizes = set()
     elements = max((_dual_elements(rows, columns, size, system, one_pass) for size in sizes), default=0)
     if not one_pass:
         elements = max(elements, _primal_elements(rows, columns, system))

@@ -28,8 +28,9 @@ help:  ## say what there is
 demo: .venv/demo  ## fine-tune three experts of a real model, merge them, compare; METHODS=all by every method
 	$(BIN)/python demo/demo.py $(if $(METHODS),--methods $(METHODS))
 
+# they wait for files and children half of the time; a file's tests share what they set up, so they stay together
 test: .venv/dev  ## every test but the long ones
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-long: .venv/dev  ## the tests that take minutes, with their progress; ONLY=WORDS for some of them
 	$(BIN)/pytest -s -m long $(if $(ONLY),-k "$(ONLY)")

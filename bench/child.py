@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rows import ROOT
 
 EVERY_SECONDS = 0.02
+# long enough for what is measured in a pause to cost little, short beside how the machine's rate drifts
+PAUSE_EVERY_SECONDS = 45.0
 # the package works from a bare checkout as well as installed
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
 
@@ -24,6 +27,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'
 class Ran:
     """What a finished command took. Anonymous memory is sampled; the resident peak is the kernel's own.
 
+    elapsed_seconds                      without the pauses
     disk_read_bytes, disk_written_bytes  what the kernel counted: not what came from the page cache
     """
 
@@ -35,6 +39,7 @@ class Ran:
     samples: int
     disk_read_bytes: int = 0
     disk_written_bytes: int = 0
+    paused_seconds: float = 0.0
 
     def json(self) -> dict[str, float]:
         """The JSON object on the last line of its output."""
@@ -42,12 +47,20 @@ class Ran:
         return found
 
 
-def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) -> Ran:
-    """Run it to its end. Stops this program with its last words when it fails."""
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str] = ENVIRONMENT,
+    in_pauses: Callable[[], None] | None = None,
+) -> Ran:
+    """Run it to its end. Stops this program with its last words when it fails.
+
+    in_pauses  called while the command is stopped, every `PAUSE_EVERY_SECONDS`: to measure the machine beside it
+    """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as talk:
         began = time.perf_counter()
         child = subprocess.Popen(command, stdout=output, stderr=talk, cwd=ROOT, env=environment)
         anonymous = resident = samples = 0
+        paused, since_pause = 0.0, began
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
@@ -57,7 +70,16 @@ def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) ->
             resident = max(resident, memory.get("VmHWM", 0))
             samples += 1
             time.sleep(EVERY_SECONDS)
-        elapsed = time.perf_counter() - began
+            if in_pauses is not None and time.perf_counter() - since_pause >= PAUSE_EVERY_SECONDS:
+                since_pause = time.perf_counter()
+                os.kill(child.pid, signal.SIGSTOP)
+                try:
+                    in_pauses()
+                finally:
+                    os.kill(child.pid, signal.SIGCONT)
+                paused += time.perf_counter() - since_pause
+                since_pause = time.perf_counter()
+        elapsed = time.perf_counter() - began - paused
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         talk.seek(0)
@@ -74,6 +96,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) ->
             # in sectors
             disk_read_bytes=512 * usage.ru_inblock,
             disk_written_bytes=512 * usage.ru_oublock,
+            paused_seconds=paused,
         )
 
 

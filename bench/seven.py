@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import child
@@ -25,26 +28,50 @@ SAMPLED = "model.layers.1.self_attn.q_proj.weight"
 # of what they are held against: see the README
 ASKED = {"matrix_share_of_product_rate": 0.85, "waiting_share": 0.05, "seconds_off": 0.25, "memory_off": 0.10}
 PRODUCT = """
-import json, time, torch
+import sys, time, torch
 from streammerge_kernels.matmul import fast_matmul
 n = {size}
 left, right, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-rates = []
-with fast_matmul():
-    torch.mm(left, right, out=out)
-    for _ in range({repeats}):
-        began = time.perf_counter()
+for line in sys.stdin:
+    with fast_matmul():
         torch.mm(left, right, out=out)
-        rates.append(2 * n**3 / (time.perf_counter() - began))
-print(json.dumps({{"rates": rates, "threads": torch.get_num_threads()}}))
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            torch.mm(left, right, out=out)
+    print(2 * n**3 * int(line) / (time.perf_counter() - began), flush=True)
 """
 
 
-def product_rates(size: str) -> list[float]:
-    """FLOPs per second of square float32 products as the merge computes them, in a process of their own."""
-    script = PRODUCT.format(size=4096 if size == "7b" else 256, repeats=7)
-    rates: list[float] = child.run([sys.executable, "-c", script]).json()["rates"]  # type: ignore[assignment]
-    return rates
+class Products:
+    """FLOPs per second of square float32 products as the merge computes them, in a process that waits when not asked.
+
+    The machine's rate drifts by a third within minutes: it is taken before, after, and in pauses of the merge.
+    """
+
+    def __init__(self, size: str) -> None:
+        script = PRODUCT.format(size=4096 if size == "7b" else 256)
+        self.rates: list[float] = []
+        self._asked = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=child.ENVIRONMENT,
+        )
+        self.take()
+        self.rates.clear()
+
+    def take(self) -> None:
+        """Measure three products, after one that is not counted."""
+        assert self._asked.stdin is not None
+        assert self._asked.stdout is not None
+        self._asked.stdin.write("3\n")
+        self._asked.stdin.flush()
+        self.rates.append(float(self._asked.stdout.readline()))
+
+    def close(self) -> None:
+        """End the process."""
+        self._asked.communicate()
 
 
 def recipe_of(given: Namespace, models: list[Path], layers: int | None) -> Path:
@@ -59,13 +86,13 @@ def recipe_of(given: Namespace, models: list[Path], layers: int | None) -> Path:
     return path
 
 
-def command(given: Namespace, shape: Olmo3, *words: str) -> child.Ran:
+def command(given: Namespace, shape: Olmo3, *words: str, in_pauses: Callable[[], None] | None = None) -> child.Ran:
     """A command of streammerge over the set, with rates of its own."""
     repeats = shape.distinct_layers < shape.num_hidden_layers
     script = [str(rows.ROOT / "bench" / "repeated.py"), str(shape.distinct_layers)]
     environment = child.ENVIRONMENT | {"XDG_CACHE_HOME": str(given.work / "seven-cache")}
     start = script if repeats else ["-m", "streammerge"]
-    return child.run([sys.executable, *start, *words, "--json", "--memory", given.memory], environment)
+    return child.run([sys.executable, *start, *words, "--json", "--memory", given.memory], environment, in_pauses)
 
 
 def refuse_wrong(shape: Olmo3, models: list[Path], out: Path, report: dict[str, Any]) -> float:
@@ -84,7 +111,7 @@ def refuse_wrong(shape: Olmo3, models: list[Path], out: Path, report: dict[str, 
 
 
 def measure(given: Namespace, shape: Olmo3, models: list[Path]) -> dict[str, Any]:
-    """Plan, measure the product rate, merge cold, measure it again."""
+    """Plan, then merge cold, with the machine's product rate before, in between and after."""
     out, cache = given.work / "seven-out", given.work / "seven-cache"
     for old in (out, out.with_name(out.name + ".partial"), cache):
         shutil.rmtree(old, ignore_errors=True)
@@ -94,30 +121,37 @@ def measure(given: Namespace, shape: Olmo3, models: list[Path]) -> dict[str, Any
     shutil.rmtree(out)
     recipe = recipe_of(given, models, None)
     plan: dict[str, Any] = command(given, shape, "plan", str(recipe)).json()
-    rates = product_rates(given.size)
     files.make_cold(files.weight_files(models))
-    ran = command(given, shape, "merge", str(recipe), str(out))
-    rates += product_rates(given.size)
+    with closing(Products(given.size)) as products:
+        products.take()
+        ran = command(given, shape, "merge", str(recipe), str(out), in_pauses=products.take)
+        products.take()
     report = json.loads((out / "streammerge.json").read_text(encoding="utf-8"))
     error = refuse_wrong(shape, models, out, report)
     if not given.keep:
         shutil.rmtree(out)
         shutil.rmtree(cache, ignore_errors=True)
-    return facts_of(plan, report, ran, imports, rates) | {"relative_error": error}
+    return facts_of(plan, report, ran, imports, products.rates) | {"relative_error": error}
 
 
 def facts_of(
     plan: dict[str, Any], report: dict[str, Any], ran: child.Ran, imports: dict[str, float], rates: list[float]
 ) -> dict[str, Any]:
     """What a row says of the run."""
-    seconds, product = report["seconds"], median(rates)
+    # a merge that is stopped does not know it
+    seconds = report["seconds"] | {"wall": report["seconds"]["wall"] - ran.paused_seconds}
+    # the mean of the times is what the run's own time is held against
+    product = 1 / mean(1 / rate for rate in rates)
     flops = {step["name"]: step["flops"] for step in plan["steps"] if step["method"] == "actmat"}
-    matrix_seconds = sum(tensor["seconds"] for tensor in report["tensors"] if tensor["name"] in flops)
+    matrix_seconds = (
+        sum(tensor["seconds"] for tensor in report["tensors"] if tensor["name"] in flops) - ran.paused_seconds
+    )
     matrix_rate = sum(flops.values()) / matrix_seconds
     anonymous = ran.peak_anonymous_bytes - imports["RssAnon"]
     predicted = plan["predicted_seconds"]
     return {
         "elapsed_seconds": ran.elapsed_seconds,
+        "paused_seconds": ran.paused_seconds,
         "cpu_seconds": ran.cpu_seconds,
         "merge_seconds": seconds["wall"],
         "matrix_flops": sum(flops.values()),
@@ -142,13 +176,16 @@ def facts_of(
         "predicted_seconds": predicted,
         "seconds_off": None if predicted is None else predicted / seconds["wall"] - 1,
         "worst_certificate": report["worst_certificate"],
-        "seconds_of_shape": _by_shape(plan, report),
+        "seconds_of_shape": _by_shape(plan, report, seconds["wall"] / report["seconds"]["wall"]),
     }
 
 
-def _by_shape(plan: dict[str, Any], report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of every matrix shape: how many there are, their seconds, and FLOPs per second."""
-    took = {tensor["name"]: tensor["seconds"] for tensor in report["tensors"]}
+def _by_shape(plan: dict[str, Any], report: dict[str, Any], running: float) -> dict[str, dict[str, float]]:
+    """Of every matrix shape: how many there are, their seconds, and FLOPs per second.
+
+    running  the share of the merge's time in which it was not stopped
+    """
+    took = {tensor["name"]: tensor["seconds"] * running for tensor in report["tensors"]}
     shapes: dict[str, list[tuple[float, float]]] = {}
     for step in plan["steps"]:
         key = "x".join(map(str, step["shape"])) if step["method"] == "actmat" else step["method"]

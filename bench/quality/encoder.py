@@ -17,10 +17,14 @@ from transformers import AutoModel, AutoTokenizer
 from .tasks import Side
 
 Kind = Literal["full", "lora"]
+Targets = Literal["all", "attention"]
 HEAD_FILE = "head.safetensors"
 EPOCHS = "epochs"
 # every linear layer of a block; its attention's output and its second feed-forward layer share the name `dense`
-LORA_TARGETS = ("query", "key", "value", "dense")
+LORA_TARGETS = {
+    "all": ("query", "key", "value", "dense"),
+    "attention": ("query", "key", "value", r"attention\.output\.dense"),
+}
 HEAD_SCALE = 20.0
 _EVALUATION_BATCH = 64
 
@@ -124,13 +128,15 @@ def write_expert(
     folder: Path,
     *,
     draw: int,
+    targets: Targets = "all",
     watch: Watch | None = None,
 ) -> None:
     """Fine-tune the base below a frozen head and save it, float32: a whole model, or an adapter as PEFT writes it.
 
     Beside a whole model the folder `epochs` keeps what each epoch but the last ended with, of the layers alone.
 
-    draw  what dropout and an adapter's first weights are drawn from
+    draw     what dropout and an adapter's first weights are drawn from
+    targets  the layers that have an adapter
     """
     torch.manual_seed(draw)
     order = random.Random(training.seed)
@@ -139,9 +145,9 @@ def write_expert(
     if training.kind == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = rf"encoder\..*\.({'|'.join(LORA_TARGETS)})"
+        names = rf"encoder\..*\.({'|'.join(LORA_TARGETS[targets])})"
         model = get_peft_model(
-            model, LoraConfig(r=training.lora_rank, lora_alpha=training.lora_alpha, target_modules=targets)
+            model, LoraConfig(r=training.lora_rank, lora_alpha=training.lora_alpha, target_modules=names)
         )
     epochs = [
         batches(side, tokenizer, max_tokens=max_tokens, size=training.batch, shuffled=order)

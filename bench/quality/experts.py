@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from cache import cached_model
 
@@ -17,9 +18,21 @@ from .encoder import HEAD_FILE, HEAD_SCALE, Training
 from .packages import MINILM, unpacked
 from .tasks import Sizes, Task, load, sides
 
-# adapters are trained at a higher rate, as usual
-LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
+LEARNING_RATE = 1e-4
 CONFIGS = {"full": "config.json", "lora": "adapter_config.json"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """How a suite's adapters are trained: at a higher rate than whole models, as usual.
+
+    draws    of A: adapters come from different people, who do not begin with the same rows, or from one who does
+    targets  the layers that have an adapter
+    """
+
+    learning_rate: float = 1e-3
+    draws: Literal["own", "one"] = "own"
+    targets: encoder.Targets = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +48,7 @@ class Suite:
     training: Training = field(default_factory=Training)
     longer: Sequence[str] = ()
     factor: int = 4
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def base(self) -> Path:
@@ -47,7 +61,8 @@ class Suite:
 
     def of_seed(self, kind: encoder.Kind, seed: int) -> Training:
         """The training of this suite's experts of one kind and seed."""
-        return replace(self.training, kind=kind, seed=seed, learning_rate=LEARNING_RATES[kind])
+        rate = LEARNING_RATE if kind == "full" else self.adapters.learning_rate
+        return replace(self.training, kind=kind, seed=seed, learning_rate=rate)
 
     def head(self, task: Task, seed: int) -> Path:
         """The folder of a task's frozen head, of one seed's training texts."""
@@ -69,7 +84,9 @@ class Suite:
         head = self.head(task, training.seed)
         settings = {"head": head.parent.name, "scale": HEAD_SCALE, "training": asdict(training)}
         if training.kind == "lora":
-            settings["draw"] = _draw(task, training)
+            settings["draw"] = self._draw(task, training)
+            if self.adapters.targets != "all":
+                settings["targets"] = self.adapters.targets
         started = time.process_time()
         folder, made = cached_model(
             self.cache / "encoder" / training.kind,
@@ -93,14 +110,14 @@ class Suite:
             self.sizes.max_tokens,
             training,
             folder,
-            draw=_draw(task, training) if training.kind == "lora" else training.seed,
+            draw=self._draw(task, training),
+            targets=self.adapters.targets,
             watch=watch,
         )
 
-
-def _draw(task: Task, training: Training) -> int:
-    # adapters come from different people: no two begin with the same rows of A
-    return zlib.crc32(f"{task.name} {training.seed}".encode())
+    def _draw(self, task: Task, training: Training) -> int:
+        own = training.kind == "lora" and self.adapters.draws == "own"
+        return zlib.crc32(f"{task.name} {training.seed}".encode()) if own else training.seed
 
 
 def digest(path: Path) -> str:

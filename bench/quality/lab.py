@@ -22,7 +22,7 @@ import streammerge
 from . import encoder, estimates
 from .analysis import alike, names_of, opened
 from .encoder import Exam, Kind
-from .experts import Suite, say
+from .experts import Adapters, Suite, say
 from .ledger import Ledger
 from .merges import SCALES, Merge
 from .tasks import TEST, VALIDATION, Task, load, sides
@@ -45,12 +45,14 @@ class EncoderLab:
     @property
     def facts(self) -> dict[str, Any]:
         """What all rows of this lab have in common."""
-        settings = {
+        settings: dict[str, Any] = {
             "tasks": [task.name for task in self.suite.tasks],
             "sizes": asdict(self.suite.sizes),
             "epochs": self.suite.training.epochs,
             "longer": list(self.suite.longer),
         }
+        if self.kind == "lora" and self.suite.adapters != Adapters():
+            settings["adapters"] = asdict(self.suite.adapters)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return {"setting": "encoder", "suite": digest, "kind": self.kind, "seed": self.seed, **settings}
 

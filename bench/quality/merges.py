@@ -34,6 +34,10 @@ ALSO_OF_LANGUAGE = (
     "output: bfloat16, stochastic",
 )  # fmt: skip
 BY_HARNESS = ("average", "TIES", "ACTMat, paper", "ACTMat")
+BY_TRAINING = (
+    "average", "task arithmetic, tuned", "TIES", "TSV", "Iso-C", "WUDI, closed", "ACTMat, paper", "adapters: trust 0.1",
+    "ACTMat", "RegMean",
+)  # fmt: skip
 EMBEDDINGS = "word_embeddings|embed_tokens"
 
 
@@ -142,6 +146,12 @@ def of_ablations() -> Iterator[Merge]:
     yield row("output", "float32", {"out_dtype": "float32"})
     yield row("output", "bfloat16, nearest", {"out_dtype": "bfloat16"})
     yield row("output", "bfloat16, stochastic", {"out_dtype": "bfloat16", "rounding": "stochastic"})
+
+
+def of_training() -> Iterator[Merge]:
+    """What is looked at of adapters that were trained in other ways."""
+    wanted = (*of_table(), *of_adapters())
+    return (merge for merge in wanted if merge.name in BY_TRAINING)
 
 
 def of_adapters() -> Iterator[Merge]:

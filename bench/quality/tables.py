@@ -51,7 +51,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 def over_settings(rows: Sequence[Row]) -> Iterator[str]:
     """The gain that each method keeps in every setting, and on average over them, the best first."""
-    wanted = [row for row in rows if row["group"] == "table" and not row["longer"]]
+    wanted = [row for row in rows if row["group"] == "table" and _usual(row)]
     kept: dict[str, dict[str, list[float]]] = {}
     for row in wanted:
         share = gain_kept(row, rows)
@@ -75,7 +75,7 @@ def encoder_parts(rows: Sequence[Row]) -> Iterator[str]:
     """The sections on the sentence encoder, one table for each kind of training and group."""
     found = [row for row in rows if row["setting"] == "encoder"]
     for kind, name in KINDS.items():
-        of_kind = [row for row in found if row["kind"] == kind and not row["longer"]]
+        of_kind = [row for row in found if row["kind"] == kind and _usual(row)]
         yield from _main(of_kind, f"Eight text tasks, {name}")
         for group, title in GROUPS.items():
             if any(row["group"] == group for row in of_kind):
@@ -84,10 +84,31 @@ def encoder_parts(rows: Sequence[Row]) -> Iterator[str]:
             yield f"### D_tᵀD_t and the inputs' second moments, {name}\n\n{likeness(analysed)}"
         if terms := [row for row in of_kind if row["group"] == TERMS]:
             yield f"### The error terms of Theorem 3.1, in degrees, {name}\n\n{error_terms(terms)}"
+    for name in dict.fromkeys(_training(row) for row in found if row.get("adapters")):
+        mine = [row for row in found if row.get("adapters") and _training(row) == name]
+        yield f"### Adapters trained with {name}\n\n{table(mine, 'table', _order(mine))}"
     unequal = [row for row in found if row["longer"]]
     if any(row["group"] == "lengths" for row in unequal):
-        order = [ZERO_SHOT, EXPERTS, *_names(unequal, "lengths")]
-        yield f"### {GROUPS['lengths']}, full fine-tuning\n\n{table(unequal, 'lengths', order)}"
+        yield f"### {GROUPS['lengths']}, full fine-tuning\n\n{table(unequal, 'lengths', _order(unequal))}"
+
+
+def _usual(row: Row) -> bool:
+    """Whether its experts were trained as the tables say, and not in a way that is looked at besides."""
+    return not row["longer"] and not row.get("adapters")
+
+
+def _training(row: Row) -> str:
+    adapters = row["adapters"]
+    if adapters["draws"] == "one":
+        return "one draw of A"
+    if adapters["targets"] != "all":
+        return f"{adapters['targets']} alone"
+    return f"a rate of {adapters['learning_rate']:g}"
+
+
+def _order(rows: Sequence[Row]) -> list[str]:
+    """The references first, then as the rows came."""
+    return list(dict.fromkeys((ZERO_SHOT, EXPERTS, *(row["name"] for row in rows))))
 
 
 def language_parts(rows: Sequence[Row]) -> Iterator[str]:

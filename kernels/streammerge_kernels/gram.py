@@ -65,6 +65,14 @@ def _add_triangle(out: Tensor, x: Tensor, xt: Tensor, start: int, stop: int) -> 
     out[middle:stop, start:middle].addmm_(xt[middle:stop], x[:, start:middle])
 
 
+def add_lower_(out: Tensor, matrix: Tensor) -> Tensor:
+    """Add `matrix` to `out`, both [n, n], on and below the diagonal; what comes above it is for mirror_ to fill."""
+    for start in range(0, len(out), _TRIANGLE):
+        end = start + _TRIANGLE
+        out[start:end, :end].add_(matrix[start:end, :end])
+    return out
+
+
 def mirror_(out: Tensor) -> Tensor:
     """Copy the lower triangle of `out` [n, n] or [B, n, n] onto the upper one, in place; exactly symmetric after."""
     n = out.shape[-1]

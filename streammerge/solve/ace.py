@@ -97,7 +97,7 @@ class _Ace:
         merged = self._before_refinement(system, ridge_lambda, adapted.prior)
         if not adapted.alike:
             self._refine_(merged, system, seen, terms, ridge_lambda, gram_unit, count)
-        merged.mul_(1.0 / seen.scale)
+        seen.unscaled_(merged)
         if self.deltas.dtype == merged.dtype:
             return merged
         return self.buffers.take("delta", self.deltas.dtype, self.rows, self.columns).copy_(merged)
@@ -203,7 +203,7 @@ class _Ace:
             if delta.index not in seen.used:
                 continue
             weight = terms.weight(seen.used.index(delta.index))
-            total.add_(delta.dense(out=change).mul_(seen.scale))
+            total.add_(seen.scaled_(delta.dense(out=change)))
             centered_(factor.copy_(change))
             if system.stack is None and not by_left_gram(*shape):
                 rest.addmm_(change, mirror_(add_gram_(system.spare.zero_(), factor)), alpha=weight)

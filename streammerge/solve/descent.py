@@ -39,7 +39,7 @@ def descend(deltas: Deltas, *, iterations: int, learning_rate: float) -> Tensor:
     with fast_matmul() if deltas.device.type == "cpu" else nullcontext():
         # the start is the system's anchor: what moves is the way from there
         system = primal(deltas, seen, dtype, buffers, anchored=True, terms=terms, to_anchor=True)
-        target = system.right.mul_(1.0 / seen.scale)
+        target = seen.unscaled_(system.right)
         unit = 2.0 / (seen.gram_scale * seen.energy / len(seen.used))
         way = buffers.take("way", dtype, rows, columns).zero_()
         gradient = buffers.take("delta", dtype, rows, columns)

@@ -161,7 +161,7 @@ class _Solution:
                 hint="Raise `ridge`, or use `solver: exact`.",
             )
         self._note(seen, solved, is_dual, escalation)
-        merged = system.merged().mul_(1.0 / seen.scale)
+        merged = seen.unscaled_(system.merged())
         self._note_interference(system, seen, merged)
         return self._narrowed(merged, is_dual)
 
@@ -274,12 +274,12 @@ class _Solution:
             return factored_dual(self.deltas, seen, dtype, self.buffers, terms=terms, covariances=self.covariances)
         stack = self.buffers.take("stack", dtype, len(seen.used) * self.rows, self.columns)
         if self.one_pass and dtype == self.deltas.dtype:
-            stack.mul_(seen.scale)
+            seen.scaled_(stack)
         else:
             for delta in self.deltas:
                 if delta.index in seen.used:
                     first = seen.used.index(delta.index) * self.rows
-                    delta.dense(out=stack[first : first + self.rows]).mul_(seen.scale)
+                    seen.scaled_(delta.dense(out=stack[first : first + self.rows]))
         keep_gram = self.solver != "ridge"
         anchored = terms.anchor != "base"
         return dual(stack, self.rows, self.buffers, anchored=anchored, keep_gram=keep_gram, terms=terms)

@@ -16,6 +16,9 @@ from streammerge.solve.cost import BLOCK_ROWS, NORM_PANEL
 from streammerge.solve.covariances import OWN, Own
 from streammerge.solve.objective import SampledRows
 
+# the root mean squares of deltas whose products of three are far from the ends of float32's range
+PLAIN = (2.0**-24, 2.0**8)
+
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
@@ -27,7 +30,7 @@ class Survey:
     traces     tr(C_t) of each used expert: its energy again, where C_t is its own Gram
     identical  every used expert made the same change
     columns    how many columns some C_t has entries in; in, where that was not asked for
-    scale      power of two that brings the deltas' root mean square to [1/2, 1)
+    scale      power of two that brings the deltas' root mean square to [1/2, 1); 1 where that is in `PLAIN` already
     measured_scale  of A, where it is not made of the deltas
     rows       of every expert, what the objective needs; None where that was not asked for
     """
@@ -46,6 +49,14 @@ class Survey:
     def gram_scale(self) -> float:
         """What A is multiplied by."""
         return self.scale**2 if self.measured_scale is None else self.measured_scale
+
+    def scaled_(self, change: Tensor) -> Tensor:
+        """Multiply by the scale, in place."""
+        return change if self.scale == 1.0 else change.mul_(self.scale)
+
+    def unscaled_(self, change: Tensor) -> Tensor:
+        """Divide by the scale, in place."""
+        return change if self.scale == 1.0 else change.mul_(1.0 / self.scale)
 
 
 def survey(
@@ -89,8 +100,9 @@ def survey(
         seen.columns = int(torch.count_nonzero(largest))
     if seen.used:
         root_mean_square = math.sqrt(seen.energy / (len(seen.used) * math.prod(deltas.shape)))
-        # past 2^126 float32 has no power of two
-        seen.scale = 2.0 ** min(-math.frexp(root_mean_square)[1], 126)
+        if not PLAIN[0] <= root_mean_square < PLAIN[1]:
+            # past 2^126 float32 has no power of two
+            seen.scale = 2.0 ** min(-math.frexp(root_mean_square)[1], 126)
     return seen
 
 

@@ -27,7 +27,7 @@ from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
 from streammerge.solve.covariances import OWN, Own
 from streammerge.solve.survey import Survey
 from streammerge.solve.terms import Terms
-from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.gram import add_gram_, add_lower_, mirror_
 from streammerge_kernels.moment import add_product_
 
 
@@ -180,7 +180,7 @@ def primal(
         if anchored and number == 0:
             if dtype != deltas.dtype or not formed:
                 delta.dense(out=anchor)
-            anchor.mul_(seen.scale)
+            seen.scaled_(anchor)
             if covariances.given:
                 gram.add_(covariances.fill_(spare, anchor, delta.index), alpha=weight)
             else:
@@ -188,14 +188,14 @@ def primal(
                 if weight != 1.0:
                     gram.mul_(weight)
             continue
-        delta.dense(out=change).mul_(seen.scale)
+        seen.scaled_(delta.dense(out=change))
         if left:
             factor = covariances.factor(change)
             _add_by_left_gram(right, way, change, factor, anchor, weight, share, buffers)
             add_gram_(gram, factor if weight == 1.0 else factor.mul_(math.sqrt(weight)))
         else:
             covariances.fill_(spare, change, delta.index)
-            gram.add_(spare if weight == 1.0 else spare.mul_(weight))
+            add_lower_(gram, spare if weight == 1.0 else spare.mul_(weight))
             right.addmm_(change.sub_(anchor), spare)
             if way is not None:
                 way.add_(change, alpha=share)
@@ -278,7 +278,7 @@ def factored_dual(
             continue
         number = seen.used.index(delta.index)
         part = slice(number * rows, (number + 1) * rows)
-        delta.dense(out=change).mul_(seen.scale)
+        seen.scaled_(delta.dense(out=change))
         stack[part] = covariances.factor(change)
         torch.mm(change, stack[part].mT, out=right[:, part])
         anchor.add_(change, alpha=terms.share(number))

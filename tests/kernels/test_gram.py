@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.gram import add_gram_, add_lower_, mirror_
 
 SIZES = [(1, 1), (3, 5), (7, 128), (64, 129), (100, 513), (40, 1300)]
 
@@ -38,3 +38,9 @@ def test_mirroring_reads_nothing_above_the_diagonal():
     matrix = torch.randn(300, 300)
     poisoned = matrix.tril() + torch.full((300, 300), torch.nan).triu(1)
     assert torch.equal(mirror_(poisoned), matrix.tril() + matrix.tril(-1).mT)
+
+
+@pytest.mark.parametrize("n", [1, 512, 1300])
+def test_lower_triangles_add_up_to_the_sum_once_mirrored(n):
+    one, other = (mirror_(matrix) for matrix in torch.randn(2, n, n))
+    assert torch.equal(mirror_(add_lower_(one.tril(), other.tril())), one + other)

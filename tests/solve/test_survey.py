@@ -47,12 +47,21 @@ def test_columns_that_no_expert_changed_are_counted_out():
     assert surveyed(torch.zeros(4, 6), [a, b])[0].columns == 6
 
 
-@pytest.mark.parametrize("exponent", [-30, -8, 0, 5, 40, -140])
+@pytest.mark.parametrize("exponent", [-140, -30, -25, 9, 40])
 def test_the_scale_is_the_power_of_two_that_brings_deltas_to_about_one(exponent):
     seen, _ = surveyed(torch.zeros(500, 300), [torch.randn(500, 300) * 2.0**exponent])
     scaled = (seen.energy / 150_000) ** 0.5 * seen.scale
     assert torch.frexp(torch.tensor(seen.scale, dtype=torch.float64))[0] == 0.5
     assert 0.5 <= scaled < 1.0 or seen.scale == 2.0**126
+
+
+@pytest.mark.parametrize("exponent", [-23, -8, 0, 7])
+def test_deltas_whose_products_fit_as_they_are_stay_so(exponent):
+    seen, _ = surveyed(torch.zeros(500, 300), [torch.randn(500, 300) * 2.0**exponent])
+    assert seen.scale == 1.0
+    change = torch.ones(2)
+    assert seen.scaled_(change) is seen.unscaled_(change) is change
+    assert change.tolist() == [1.0, 1.0]
 
 
 def test_norms_of_tiny_deltas_keep_their_digits():

@@ -269,7 +269,7 @@ class Stream:
             add_facts(tally.outcome.facts, deltas.facts)
             for first in range(0, part.shape[0], rows) if part.name not in self._skip else ():
                 place = slice(top + first, top + min(first + rows, part.shape[0]))
-                base = deltas.stored_base[place].to(deltas.dtype)
+                base = deltas.stored_base[place]
                 # contiguous already, unless the matrix is seen transposed
                 at = part.first_element + first * step.shape[1]
                 yield self._emit(part, at, base, stored[place].contiguous(), tally)
@@ -292,7 +292,7 @@ class Stream:
                 refuse_non_finite(run, step, self._plan.names[step.models[0]], first)
             base = run.view(-1, columns)
             row = first // columns
-            yield self._emit(step, first, base.to(dtype), change.rows(row, row + len(base)), tally)
+            yield self._emit(step, first, base, change.rows(row, row + len(base)), tally)
             give_back()
 
     def _emit(

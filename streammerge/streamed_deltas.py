@@ -20,6 +20,9 @@ from streammerge.step import Step, matrices_of
 from streammerge.torch_dtypes import TORCH_DTYPES
 from streammerge.workspace import Workspace
 
+# elements of a stored matrix that are widened at a time
+_WIDENED = 1 << 19
+
 
 class Sources:
     """A step's inputs: the origin W_0 (the base, or the first expert) and the experts read beside it.
@@ -306,6 +309,7 @@ class MatrixDeltas(Deltas):
         self._measured = [False] * self.experts
         self._passes = 0
         self._delta: Tensor | None = None
+        self._wide = torch.empty(min(_WIDENED, math.prod(step.shape)), dtype=self.dtype)
         self.stored_base = self._read_base()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -358,17 +362,31 @@ class MatrixDeltas(Deltas):
         position = (1 + number * self._moving + moving) * self._blocks
         squared = [0.0] * len(self._norms)
         for rows, run, give_back in self._rows(position):
-            block = into[rows].copy_(run).sub_(self.stored_base[rows])
-            norm = torch.linalg.vector_norm(block).item()
-            if not math.isfinite(norm):
+            norm_squared = self._subtract(run, self.stored_base[rows], into[rows])
+            if not math.isfinite(norm_squared):
                 self._refuse(rows, run, index + (self._step.base is not None))
-            squared[part_at(self._step, rows.start)[0]] += norm * norm
+            squared[part_at(self._step, rows.start)[0]] += norm_squared
             give_back()
         if not self._measured[index]:
             self._measured[index] = True
             for norms, total in zip(self._norms, squared, strict=True):
                 norms.squared[index] += total
         return out
+
+    def _subtract(self, run: Tensor, base: Tensor, out: Tensor) -> float:
+        """Form run - base in `out`, all of one shape and contiguous. Returns its squared norm."""
+        flat, run = out.view(-1), run.view(-1)
+        return sum(_squared_norm(flat[piece].copy_(run[piece]).sub_(wide)) for piece, wide in self._widened(base))
+
+    def _widened(self, stored: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor in the dtype of the deltas, piece by piece.
+
+        Torch would widen all of it at once, into pages that are fresh each time: several times slower.
+        """
+        flat = stored.view(-1)
+        for first in range(0, len(flat), _WIDENED):
+            part = flat[first : first + _WIDENED]
+            yield slice(first, first + len(part)), self._wide[: len(part)].copy_(part)
 
     def _refuse(self, rows: slice, run: Tensor, source: int) -> None:
         number, start = part_at(self._step, rows.start)
@@ -380,10 +398,10 @@ class MatrixDeltas(Deltas):
         kept = self._workspace.empty(self._step.shape, TORCH_DTYPES[entry.dtype])
         for rows, run, give_back in self._rows(0):
             kept[rows] = run
-            norm = torch.linalg.vector_norm(run, dtype=self.dtype).item()
-            if not math.isfinite(norm):
+            norm_squared = sum(_squared_norm(wide) for _, wide in self._widened(run))
+            if not math.isfinite(norm_squared):
                 self._refuse(rows, run, 0)
-            self._norms[part_at(self._step, rows.start)[0]].origin_squared += norm * norm
+            self._norms[part_at(self._step, rows.start)[0]].origin_squared += norm_squared
             give_back()
         return kept
 
@@ -407,6 +425,11 @@ class _MatrixDelta(Delta):
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         return self._deltas.form(self.index, self._number, out)
+
+
+def _squared_norm(values: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(values))
+    return norm * norm
 
 
 def part_at(step: Step, row: int) -> tuple[int, int]:

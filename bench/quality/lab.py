@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -23,16 +22,13 @@ from . import encoder, estimates
 from .analysis import alike, names_of, opened
 from .encoder import Exam, Kind
 from .experts import Adapters, Suite, say
-from .ledger import Ledger
-from .merges import SCALES, Merge
+from .ledger import ANALYSIS, EXPERTS, TERMS, ZERO_SHOT, Ledger
+from .merges import MEMORY, SCALES, Merge, carried_out
 from .tasks import TEST, VALIDATION, Task, load, sides
 from .theorem import Terms
 
-MEMORY = "2GiB"
 CAPTURED_TEXTS = 256
 COVARIANCE = "covariance"
-# names of rows that are no merges
-ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 
 
 class EncoderLab:
@@ -117,7 +113,7 @@ class EncoderLab:
                 folder / COVARIANCE,
                 samples=CAPTURED_TEXTS,
                 max_tokens=self.suite.sizes.max_tokens,
-                memory="2GiB",
+                memory=MEMORY,
             )
             shutil.rmtree(folder / "dense", ignore_errors=True)
 
@@ -157,13 +153,7 @@ class EncoderLab:
             recipe = merge.written(self.suite.base, [self.experts[task.name] for task in tasks], covariances)
             if scale is not None:
                 recipe["parameters"] = {**recipe.get("parameters", {}), "lambda": scale}
-            cpu, wall = time.process_time(), time.perf_counter()
-            report = streammerge.merge(recipe, Path(scratch) / "merged", memory=MEMORY)
-            cost = {
-                "merge_cpu_seconds": round(time.process_time() - cpu, 2),
-                "merge_seconds": round(time.perf_counter() - wall, 2),
-                "merge_memory_bytes": max((nbytes for _, nbytes in report.memory_samples), default=None),
-            }
+            cost = carried_out(recipe, Path(scratch) / "merged")
             accuracy = encoder.accuracies(Path(scratch) / "merged", exams)
         gc.collect()
         return accuracy, cost

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 import streammerge
 
 from .experts import say
-from .lab import COVARIANCE, EXPERTS, MEMORY, ZERO_SHOT
-from .ledger import Ledger
-from .merges import SCALES, Merge
+from .lab import COVARIANCE
+from .ledger import EXPERTS, ZERO_SHOT, Ledger
+from .merges import SCALES, Merge, carried_out
 from .packages import SMOLLM2, unpacked
 from .tasks import TASKS, Example, Task
 
@@ -191,13 +191,7 @@ class LanguageLab:
         scratch = self.corpus.cache / "merged"
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            cpu, wall = time.process_time(), time.perf_counter()
-            report = streammerge.merge(recipe, Path(folder) / "merged", memory=MEMORY)
-            cost = {
-                "merge_cpu_seconds": round(time.process_time() - cpu, 2),
-                "merge_seconds": round(time.perf_counter() - wall, 2),
-                "merge_memory_bytes": max((nbytes for _, nbytes in report.memory_samples), default=None),
-            }
+            cost = carried_out(recipe, Path(folder) / "merged")
             scores = self.judge(Path(folder) / "merged", side)
         gc.collect()
         return scores, cost

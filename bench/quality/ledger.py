@@ -11,6 +11,8 @@ from typing import Any
 import rows
 
 BENCHMARK = "quality"
+# names of rows that are no merges
+ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 # what a row is found by
 IDENTITY = ("setting", "suite", "kind", "seed", "name", "recipe")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import streammerge
 from streammerge import methods
 
+MEMORY = "2GiB"
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 IDEAS: Mapping[str, Mapping[str, Any]] = {
     "power ½": {"power": 0.5},
@@ -88,6 +91,17 @@ class Merge:
             **({"parameters": dict(self.parameters)} if self.parameters else {}),
             **self.recipe,
         }
+
+
+def carried_out(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Merge into a folder that is not there yet; what it took."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    report = streammerge.merge(recipe, folder, memory=MEMORY)
+    return {
+        "merge_cpu_seconds": round(time.process_time() - cpu, 2),
+        "merge_seconds": round(time.perf_counter() - wall, 2),
+        "merge_memory_bytes": max((nbytes for _, nbytes in report.memory_samples), default=None),
+    }
 
 
 def of_table() -> Iterator[Merge]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .ledger import Row
+from .ledger import ANALYSIS, EXPERTS, TERMS, ZERO_SHOT, Row
 from .merges import of_table
 
 KINDS = {"full": "full fine-tuning", "lora": "LoRA"}
@@ -19,7 +19,6 @@ SETTINGS = {
     ("encoder", "lora"): "text tasks, LoRA",
     ("language", "full"): "language model",
 }
-ZERO_SHOT, EXPERTS, ANALYSIS, TERMS = "zero-shot", "experts", "covariances", "error terms"
 INTRODUCTION = """\
 # What merges keep: the tables
 

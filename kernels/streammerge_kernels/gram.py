@@ -41,6 +41,14 @@ def add_gram_(out: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def gram_(out: Tensor, x: Tensor) -> Tensor:
+    """Write XᵀX [n, n] on and below the diagonal of `out`, whatever that held, as add_gram_ would add it to zeros."""
+    if not out.is_cpu or x.ndim != 2 or x.dtype == torch.float16 or len(x) == 0:
+        return add_gram_(out.zero_(), x)
+    _add_triangle(out, x, x.mT, 0, x.shape[1], beta=0.0)
+    return out
+
+
 def _add_gram(out: Tensor, x: Tensor) -> None:
     k, n = x.shape
     if x.dtype != torch.float16:
@@ -52,17 +60,17 @@ def _add_gram(out: Tensor, x: Tensor) -> None:
         _add_triangle(out, panel, panel.mT, 0, n)
 
 
-def _add_triangle(out: Tensor, x: Tensor, xt: Tensor, start: int, stop: int) -> None:
+def _add_triangle(out: Tensor, x: Tensor, xt: Tensor, start: int, stop: int, beta: float = 1.0) -> None:
     if stop - start <= _TRIANGLE:
         for row in range(start, stop, _PANEL):
             end = min(row + _PANEL, stop)
-            out[row:end, start:end].addmm_(xt[row:end], x[:, start:end])
+            out[row:end, start:end].addmm_(xt[row:end], x[:, start:end], beta=beta)
         return
     panels = (stop - start + _PANEL - 1) // _PANEL
     middle = start + panels // 2 * _PANEL
-    _add_triangle(out, x, xt, start, middle)
-    _add_triangle(out, x, xt, middle, stop)
-    out[middle:stop, start:middle].addmm_(xt[middle:stop], x[:, start:middle])
+    _add_triangle(out, x, xt, start, middle, beta)
+    _add_triangle(out, x, xt, middle, stop, beta)
+    out[middle:stop, start:middle].addmm_(xt[middle:stop], x[:, start:middle], beta=beta)
 
 
 def add_lower_(out: Tensor, matrix: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from streammerge.solve.spectral import Ridge
 from streammerge.solve.survey import Survey, survey
 from streammerge.solve.systems import System, factored_dual, primal
 from streammerge.solve.terms import Terms
-from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.gram import gram_, mirror_
 from streammerge_kernels.matmul import fast_matmul
 
 Compat = Literal["none", "paper"]
@@ -206,7 +206,7 @@ class _Ace:
             total.add_(seen.scaled_(delta.dense(out=change)))
             centered_(factor.copy_(change))
             if system.stack is None and not by_left_gram(*shape):
-                rest.addmm_(change, mirror_(add_gram_(system.spare.zero_(), factor)), alpha=weight)
+                rest.addmm_(change, mirror_(gram_(system.spare, factor)), alpha=weight)
                 continue
             for row in range(0, self.rows, BLOCK_ROWS):
                 part = slice(row, row + BLOCK_ROWS)

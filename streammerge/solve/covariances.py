@@ -12,7 +12,7 @@ from streammerge.delta import Deltas
 from streammerge.errors import MergeError, quoted
 from streammerge.solve.buffers import Buffers
 from streammerge.solve.largest_entries import keep_largest_
-from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.gram import gram_, mirror_
 
 
 class Own:
@@ -31,7 +31,7 @@ class Own:
 
     def fill_(self, out: Tensor, change: Tensor, index: int) -> Tensor:
         """C_t, both triangles, in place of `out` [n, n]."""
-        return mirror_(add_gram_(out.zero_(), self.factor(change)))
+        return mirror_(gram_(out, self.factor(change)))
 
 
 OWN = Own()

@@ -18,7 +18,7 @@ from streammerge.solve.survey import Survey
 from streammerge.solve.systems import System
 from streammerge.solve.terms import Terms
 from streammerge_kernels.delta_pack import SCALE, Packed
-from streammerge_kernels.gram import add_gram_, mirror_
+from streammerge_kernels.gram import add_gram_, gram_, mirror_
 from streammerge_kernels.moment import add_moment_
 
 # what may be lost in packing, relative to an expert's change: float16 keeps 2⁻¹² of each entry, which ridge
@@ -86,12 +86,11 @@ def packed_primal(
             if weight == 1.0:
                 add_gram_(gram, change)
             else:
-                gram.add_(add_gram_(spare.zero_(), change), alpha=weight)
-            across = buffers.take("across", torch.float32, rows, rows).zero_()
-            mirror_(add_gram_(across, change.mT))
+                gram.add_(gram_(spare, change), alpha=weight)
+            across = mirror_(gram_(buffers.take("across", torch.float32, rows, rows), change.mT))
             add_moment_(right, change, across if weight == 1.0 else across.mul_(weight), left=True)
         else:
-            mirror_(add_gram_(spare.zero_(), change))
+            mirror_(gram_(spare, change))
             gram.add_(spare if weight == 1.0 else spare.mul_(weight))
             add_moment_(right, change, spare)
     if ridge_lambda:
@@ -116,7 +115,7 @@ def packed_dual(
     values = packed.values if len(seen.used) == len(packed.values) else packed.values[seen.used]
     experts, rows, columns = values.shape
     stack, size = values.reshape(-1, columns), experts * rows
-    gram = mirror_(add_gram_(buffers.take("gram", torch.float32, size, size).zero_(), stack.mT))
+    gram = mirror_(gram_(buffers.take("gram", torch.float32, size, size), stack.mT))
     spare = buffers.take("spare", torch.float32, size, size) if keep_gram else gram
     right = buffers.take("right", torch.float32, rows, size)
     blocks = gram.view(experts, rows, experts, rows)

@@ -27,7 +27,7 @@ from streammerge.solve.cost import BLOCK_ROWS, by_left_gram
 from streammerge.solve.covariances import OWN, Own
 from streammerge.solve.survey import Survey
 from streammerge.solve.terms import Terms
-from streammerge_kernels.gram import add_gram_, add_lower_, mirror_
+from streammerge_kernels.gram import add_gram_, add_lower_, gram_, mirror_
 from streammerge_kernels.moment import add_product_
 
 
@@ -165,13 +165,17 @@ def primal(
     if not anchored:
         anchor.zero_()
     change = buffers.take("delta", dtype, rows, columns)
-    right = buffers.take("right", dtype, rows, columns).zero_()
-    gram = buffers.take("gram", dtype, columns, columns).zero_()
+    right = buffers.take("right", dtype, rows, columns)
+    gram = buffers.take("gram", dtype, columns, columns)
+    if not anchored or covariances.given:
+        gram.zero_()
     spare = buffers.take("spare", dtype, columns, columns)
     way: Tensor | None = None
     if pulled or to_anchor:
         # products by the left need no memory for a Gram of their own
         way = buffers.take("spare" if left else "way", dtype, rows, columns).zero_()
+    # of what memory held before, nothing; then of the sum
+    beta = 0.0
     for delta in deltas:
         if delta.index not in seen.used:
             continue
@@ -184,21 +188,24 @@ def primal(
             if covariances.given:
                 gram.add_(covariances.fill_(spare, anchor, delta.index), alpha=weight)
             else:
-                add_gram_(gram, covariances.factor(anchor))
+                gram_(gram, covariances.factor(anchor))
                 if weight != 1.0:
                     gram.mul_(weight)
             continue
         seen.scaled_(delta.dense(out=change))
         if left:
             factor = covariances.factor(change)
-            _add_by_left_gram(right, way, change, factor, anchor, weight, share, buffers)
+            _add_by_left_gram(right, way, change, factor, anchor, weight, share, buffers, beta=beta)
             add_gram_(gram, factor if weight == 1.0 else factor.mul_(math.sqrt(weight)))
         else:
             covariances.fill_(spare, change, delta.index)
             add_lower_(gram, spare if weight == 1.0 else spare.mul_(weight))
-            right.addmm_(change.sub_(anchor), spare)
+            right.addmm_(change.sub_(anchor), spare, beta=beta)
             if way is not None:
                 way.add_(change, alpha=share)
+        beta = 1.0
+    if beta == 0.0:
+        right.zero_()
     mirror_(gram)
     if way is not None and anchored and terms.surplus:
         way.add_(anchor, alpha=terms.surplus)
@@ -219,6 +226,8 @@ def _add_by_left_gram(
     weight: float,
     share: float,
     buffers: Buffers,
+    *,
+    beta: float,
 ) -> None:
     rows, columns = change.shape
     height = min(BLOCK_ROWS, rows)
@@ -230,7 +239,7 @@ def _add_by_left_gram(
         if way is not None:
             way[part].add_(off_anchor, alpha=share)
         across = torch.mm(off_anchor, factor.mT, out=products[: part.stop - row])
-        right[part].addmm_(across, factor, alpha=weight)
+        right[part].addmm_(across, factor, alpha=weight, beta=beta)
 
 
 def dual(
@@ -243,7 +252,7 @@ def dual(
     keep_gram  the factor gets memory of its own
     """
     dtype, (size, columns) = stack.dtype, stack.shape
-    gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
+    gram = mirror_(gram_(buffers.take("gram", dtype, size, size), stack.mT))
     spare = buffers.take("spare", dtype, size, size) if keep_gram else gram
     right = buffers.take("right", dtype, rows, size)
     block = buffers.take("block", dtype, min(BLOCK_ROWS, rows), columns)
@@ -283,7 +292,7 @@ def factored_dual(
         torch.mm(change, stack[part].mT, out=right[:, part])
         anchor.add_(change, alpha=terms.share(number))
     right.addmm_(anchor, stack.mT, alpha=-1.0)
-    gram = mirror_(add_gram_(buffers.take("gram", dtype, size, size).zero_(), stack.mT))
+    gram = mirror_(gram_(buffers.take("gram", dtype, size, size), stack.mT))
     spare = buffers.take("spare", dtype, size, size)
     system = System(anchor=anchor, gram=gram, right=right, spare=spare, stack=stack, buffers=buffers)
     return system.weighted_(terms)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from streammerge_kernels.gram import add_gram_, add_lower_, mirror_
+from streammerge_kernels.gram import add_gram_, add_lower_, gram_, mirror_
 
 SIZES = [(1, 1), (3, 5), (7, 128), (64, 129), (100, 513), (40, 1300)]
 
@@ -44,3 +44,11 @@ def test_mirroring_reads_nothing_above_the_diagonal():
 def test_lower_triangles_add_up_to_the_sum_once_mirrored(n):
     one, other = (mirror_(matrix) for matrix in torch.randn(2, n, n))
     assert torch.equal(mirror_(add_lower_(one.tril(), other.tril())), one + other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 5), (100, 513), (40, 1300)])
+def test_a_gram_written_over_anything_is_the_one_that_is_added_to_zeros(rows, columns, dtype):
+    x = torch.randn(rows, columns).to(dtype)
+    held = torch.full((columns, columns), torch.nan)
+    assert torch.equal(mirror_(gram_(held, x)), mirror_(add_gram_(torch.zeros(columns, columns), x)))

@@ -309,7 +309,8 @@ class MatrixDeltas(Deltas):
         self._measured = [False] * self.experts
         self._passes = 0
         self._delta: Tensor | None = None
-        self._wide = torch.empty(min(_WIDENED, math.prod(step.shape)), dtype=self.dtype)
+        few_rows = max(min(_WIDENED // max(columns, 1), rows), 1)
+        self._wide = torch.empty(few_rows, columns, dtype=self.dtype)
         self.stored_base = self._read_base()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -374,18 +375,16 @@ class MatrixDeltas(Deltas):
         return out
 
     def _subtract(self, run: Tensor, base: Tensor, out: Tensor) -> float:
-        """Form run - base in `out`, all of one shape and contiguous. Returns its squared norm."""
-        flat, run = out.view(-1), run.view(-1)
-        return sum(_squared_norm(flat[piece].copy_(run[piece]).sub_(wide)) for piece, wide in self._widened(base))
+        """Form run - base in `out`, all [rows, columns]. Returns its squared norm."""
+        return sum(_squared_norm(out[rows].copy_(run[rows]).sub_(wide)) for rows, wide in self._widened(base))
 
     def _widened(self, stored: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """A tensor in the dtype of the deltas, piece by piece.
+        """Rows of a matrix and what they hold in the dtype of the deltas, a few rows at a time.
 
         Torch would widen all of it at once, into pages that are fresh each time: several times slower.
         """
-        flat = stored.view(-1)
-        for first in range(0, len(flat), _WIDENED):
-            part = flat[first : first + _WIDENED]
+        for first in range(0, len(stored), len(self._wide)):
+            part = stored[first : first + len(self._wide)]
             yield slice(first, first + len(part)), self._wide[: len(part)].copy_(part)
 
     def _refuse(self, rows: slice, run: Tensor, source: int) -> None:

@@ -139,7 +139,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What a row says of the run."""
     # a merge that is stopped does not know it
-    seconds = report["seconds"] | {"wall": report["seconds"]["wall"] - ran.paused_seconds}
+    seconds = report["seconds"] | {key: report["seconds"][key] - ran.paused_seconds for key in ("wall", "computing")}
     # the mean of the times is what the run's own time is held against
     product = 1 / mean(1 / rate for rate in rates)
     flops = {step["name"]: step["flops"] for step in plan["steps"] if step["method"] == "actmat"}

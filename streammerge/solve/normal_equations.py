@@ -67,7 +67,7 @@ def solve_normal_equations(
 
     Experts that did not change the matrix are left out. With one left, or all the same, what keeps D̄ (all
     solvers but pinv; of one expert also anchor sum) returns its change exactly, unless C_t is of other entries.
-    Deltas are scaled by a power of two, so small ones do not vanish when squared. Works in `deltas.dtype`;
+    Very small and large deltas are scaled by a power of two, so that none vanish when squared. Works in `deltas.dtype`;
     notes solver, form, certificate (the estimated relative error of the solution, from one refinement step of
     32 rows), what it fell back to, effective_rank (tr(A)²/‖A‖²) and, where all weights are 1 and C_t is of the whole
     D_t, interference: Σ ‖(M - D_t)D_tᵀ‖² over Σ ‖D_tD_tᵀ‖² on 8 rows.
